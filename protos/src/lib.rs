@@ -1,0 +1,19 @@
+//! The words between Caisson's parts. Whatever crosses a process boundary is defined here and nowhere else:
+//!
+//! - [`agent`]: the calls that the shim makes to the agent in the guest (ttrpc over vsock), generated from
+//!   `proto/agent.proto`;
+//! - [`monitor`]: the messages on caisson-vmm's control socket;
+//! - [`guest`]: ports, tags and paths that the host side and the guest side must agree on.
+//!
+//! This crate holds types, constants and their encoding. It does no I/O.
+
+pub mod guest;
+pub mod monitor;
+
+#[allow(missing_docs, clippy::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+/// The agent's service: messages in [`agent`](generated::agent), client and server in [`agent_ttrpc`].
+pub use generated::{agent, agent_ttrpc};
