@@ -1,0 +1,21 @@
+//! Virtio: what every device shares, and the devices.
+//!
+//! ```text
+//!   guest registers ──► transport (mmio) ──owns──► VirtQueue 0..n
+//!                          │                          │ pop → Chain (checked) → complete
+//!                          └──calls──► VirtioDevice ◄─┘
+//! ```
+//!
+//! A device never sees a guest address: it sees [`Chain`]s whose every byte lies in guest memory, through the
+//! [`Context`] that the transport lends it for one call.
+
+mod buffers;
+mod device;
+mod queue;
+
+pub use buffers::{BufferError, Buffers};
+pub use device::{Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
+pub use queue::{Chain, QueueError, VirtQueue};
+
+/// All of a machine's RAM.
+pub type GuestMemory = vm_memory::GuestMemoryMmap;

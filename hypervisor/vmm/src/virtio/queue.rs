@@ -1,0 +1,176 @@
+//! A virtqueue as devices see it: [`VirtQueue::pop`] gives checked chains, [`VirtQueue::complete`] returns them.
+//!
+//! Ring and index handling is the virtio-queue crate's; what this adds is the check of a whole chain before a device
+//! sees any of it: readable before writable descriptors, every byte in guest memory, a proper end.
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
+use vm_memory::{GuestMemoryBackend, GuestMemoryError};
+
+use super::{Buffers, GuestMemory};
+
+/// What a guest can do wrong with a queue. The device stops until the driver resets it.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The rings themselves are unusable (an index that ran away, an address outside memory).
+    #[error("unusable ring: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// A descriptor points outside guest memory.
+    #[error("chain {head}: {len} bytes at {address:#x} are not guest memory: {source}")]
+    Address {
+        /// Index of the chain's first descriptor.
+        head: u16,
+        /// The descriptor's guest address.
+        address: u64,
+        /// The descriptor's length, bytes.
+        len: u32,
+        /// What vm-memory said.
+        source: GuestMemoryError,
+    },
+    /// A readable descriptor follows a writable one (virtio 1.2, 2.7.4.2).
+    #[error("chain {0}: a readable descriptor follows a writable one")]
+    Order(u16),
+    /// The chain loops, names a descriptor outside the table, or its indirect table is malformed.
+    #[error("chain {0}: no proper end")]
+    End(u16),
+    /// One direction of the chain exceeds 4 GiB.
+    #[error("chain {0}: longer than 4 GiB")]
+    Length(u16),
+}
+
+/// One request of the driver, checked whole.
+#[derive(Debug)]
+pub struct Chain<'m> {
+    /// Index of the first descriptor; the chain's name in [`VirtQueue::complete`].
+    pub head: u16,
+    /// What the driver wrote for the device.
+    pub readable: Buffers<'m>,
+    /// What the device may fill for the driver.
+    pub writable: Buffers<'m>,
+}
+
+/// One virtqueue. Its `Queue` is what must survive a save.
+#[derive(Debug)]
+pub struct VirtQueue {
+    queue: Queue,
+    /// Chains were completed since the driver was last asked whether it wants an interrupt.
+    used_since_signal: bool,
+}
+
+impl VirtQueue {
+    /// A queue of at most `max_size` descriptors, not yet ready.
+    ///
+    /// # Errors
+    /// If `max_size` is not a power of two up to 32768.
+    pub fn new(max_size: u16) -> Result<Self, QueueError> {
+        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false })
+    }
+
+    /// The ring's registers, for the transport.
+    pub fn registers(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// The ring's registers, for the transport; it must not change them while the driver is live.
+    pub fn registers_mut(&mut self) -> &mut Queue {
+        &mut self.queue
+    }
+
+    /// Whether the driver made the queue ready and its rings lie in guest memory.
+    pub fn is_usable(&self, memory: &GuestMemory) -> bool {
+        self.queue.ready() && self.queue.is_valid(memory)
+    }
+
+    /// Takes the next chain that the driver made available.
+    ///
+    /// # Errors
+    /// Any malformed chain; the queue must not be used again before a reset.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, QueueError> {
+        if !self.queue.ready() {
+            return Ok(None);
+        }
+        let Some(descriptors) = self.queue.iter(memory)?.next() else { return Ok(None) };
+        let mut chain =
+            Chain { head: descriptors.head_index(), readable: Buffers::default(), writable: Buffers::default() };
+        // The iterator ends the same way at a chain's end and at a malformed link; the last flags tell which it was.
+        let mut ended = false;
+        for descriptor in descriptors {
+            chain.push(memory, &descriptor)?;
+            ended = !descriptor.has_next();
+        }
+        if ended { Ok(Some(chain)) } else { Err(QueueError::End(chain.head)) }
+    }
+
+    /// Puts the chain that [`Self::pop`] gave last back, so that the next pop gives it again. At most once for each pop.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns the chain `head` to the driver with `written` bytes filled in.
+    ///
+    /// # Errors
+    /// If the used ring is not in guest memory.
+    pub fn complete(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), QueueError> {
+        self.queue.add_used(memory, head, written)?;
+        self.used_since_signal = true;
+        Ok(())
+    }
+
+    /// Asks the driver for a notification at the next available chain; true if more came in meanwhile, so that the caller has to pop again.
+    ///
+    /// # Errors
+    /// If the rings are not in guest memory.
+    pub fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        Ok(self.queue.enable_notification(memory)?)
+    }
+
+    /// Tells the driver that it need not notify, until [`Self::enable_notification`].
+    ///
+    /// # Errors
+    /// If the rings are not in guest memory.
+    pub fn disable_notification(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification(memory)?)
+    }
+
+    /// Whether an interrupt is due for what was completed since the last call.
+    ///
+    /// # Errors
+    /// If the rings are not in guest memory.
+    pub fn take_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        if !std::mem::take(&mut self.used_since_signal) {
+            return Ok(false);
+        }
+        Ok(self.queue.needs_notification(memory)?)
+    }
+}
+
+impl<'m> Chain<'m> {
+    fn push(&mut self, memory: &'m GuestMemory, descriptor: &Descriptor) -> Result<(), QueueError> {
+        let (address, len) = (descriptor.addr(), descriptor.len());
+        if descriptor.is_write_only() {
+            self.extend_with(memory, address, len, true)
+        } else if self.writable.is_empty() {
+            self.extend_with(memory, address, len, false)
+        } else {
+            Err(QueueError::Order(self.head))
+        }
+    }
+
+    fn extend_with(
+        &mut self,
+        memory: &'m GuestMemory,
+        address: vm_memory::GuestAddress,
+        len: u32,
+        writable: bool,
+    ) -> Result<(), QueueError> {
+        let head = self.head;
+        let buffers = if writable { &mut self.writable } else { &mut self.readable };
+        // A range may span two regions; each piece is checked.
+        for slice in GuestMemoryBackend::get_slices(memory, address, len as usize) {
+            let slice = slice.map_err(|source| QueueError::Address { head, address: address.0, len, source })?;
+            if !buffers.push(slice) {
+                return Err(QueueError::Length(head));
+            }
+        }
+        Ok(())
+    }
+}
