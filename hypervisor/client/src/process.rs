@@ -1,0 +1,234 @@
+//! The processes beside a machine: started with their descriptors at fixed numbers, dying with their parent, and
+//! watched through a pidfd, so that a recycled pid can never be taken for them.
+
+use std::{
+    ffi::OsStr,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::process::{CommandExt, ExitStatusExt},
+    },
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+};
+
+use caisson_protos::monitor::CONTROL_FD;
+use nix::{libc, sys::signal::Signal, unistd::Pid};
+use tokio::io::Interest;
+
+use crate::packet;
+
+/// A process that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The program is not there or may not run.
+    #[error("cannot run {program}: {source}")]
+    Exec {
+        /// Its path.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// No descriptors, no memory.
+    #[error("cannot prepare to run {program}: {source}")]
+    Prepare {
+        /// Its path.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A child process. Dropped, it is killed and reaped.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    pidfd: OwnedFd,
+    reaped: Option<ExitStatus>,
+}
+
+/// Starts caisson-vmm: its process and our end of its control socket.
+///
+/// # Errors
+/// See [`SpawnError`].
+pub fn spawn_monitor(program: &Path, log: BorrowedFd<'_>) -> Result<(Child, OwnedFd), SpawnError> {
+    let (ours, theirs) =
+        packet::pair().map_err(|source| SpawnError::Prepare { program: program.to_owned(), source })?;
+    let child = Child::spawn::<&str>(program, &[], &[(theirs.as_fd(), CONTROL_FD)], log)?;
+    Ok((child, ours))
+}
+
+impl Child {
+    /// Starts `program` with each of `descriptors` at its number (3 or more, ascending), `log` as its standard error,
+    /// and nothing else. It gets SIGKILL when the calling thread ends.
+    ///
+    /// # Errors
+    /// See [`SpawnError`].
+    pub fn spawn<A: AsRef<OsStr>>(
+        program: &Path,
+        arguments: &[A],
+        descriptors: &[(BorrowedFd<'_>, RawFd)],
+        log: BorrowedFd<'_>,
+    ) -> Result<Self, SpawnError> {
+        let prepare = |source| SpawnError::Prepare { program: program.to_owned(), source };
+        let parent = std::process::id();
+        let duplicate = |descriptor: BorrowedFd<'_>, floor| {
+            let copy = nix::fcntl::fcntl(descriptor, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(floor))
+                .map_err(|errno| prepare(errno.into()))?;
+            // SAFETY: fcntl has just made this descriptor for us.
+            Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+        };
+        // Copies above every target number, so that no dup2 below overwrites a source that is still to come.
+        let floor = descriptors.iter().map(|(_, number)| number.saturating_add(1)).max().unwrap_or(3);
+        let mut sources = Vec::with_capacity(descriptors.len());
+        for (descriptor, number) in descriptors {
+            sources.push((duplicate(*descriptor, floor)?, *number));
+        }
+        // The target numbers stay occupied until the child has its program: the standard library's own descriptor, by
+        // which the child reports a failed exec, must not get one of them.
+        let mut placeholders = Vec::new();
+        while let placeholder = duplicate(log, 3)?
+            && placeholder.as_raw_fd() < floor
+        {
+            placeholders.push(placeholder);
+        }
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(log.try_clone_to_owned().map_err(prepare)?);
+        // SAFETY: between fork and exec the closure makes only async-signal-safe calls (prctl, getppid, dup2) and
+        // allocates nothing: `sources` was built before.
+        unsafe {
+            command.pre_exec(move || {
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+                // The parent may have died before the line above took effect.
+                if nix::unistd::getppid().as_raw() as u32 != parent {
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+                for (source, number) in &sources {
+                    if libc::dup2(source.as_raw_fd(), *number) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().map_err(|source| SpawnError::Exec { program: program.to_owned(), source })?;
+        drop(placeholders);
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let pidfd = open_pidfd(pid).map_err(prepare)?;
+        Ok(Self { pid, pidfd, reaped: None })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw().cast_unsigned()
+    }
+
+    /// Ends it at once; an ended process stays ended.
+    pub fn kill(&self) {
+        if self.reaped.is_none() {
+            // The child is not reaped, so its pid is its own. ESRCH cannot happen, EPERM does not matter: it dies with us.
+            let _ = nix::sys::signal::kill(self.pid, Signal::SIGKILL);
+        }
+    }
+
+    /// Waits until it has ended, and reaps it.
+    ///
+    /// # Errors
+    /// What epoll or waitpid says.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        if let Some(status) = self.reaped {
+            return Ok(status);
+        }
+        let ended = packet::register(self.pidfd.try_clone()?, Interest::READABLE)?;
+        let _ = ended.readable().await?;
+        self.reap(0)
+    }
+
+    fn reap(&mut self, flags: libc::c_int) -> io::Result<ExitStatus> {
+        let mut status = 0;
+        // SAFETY: `status` outlives the call; the pid is that of our own child, which only this value reaps.
+        let reaped = unsafe { libc::waitpid(self.pid.as_raw(), &mut status, flags) };
+        if reaped != self.pid.as_raw() {
+            return Err(io::Error::last_os_error());
+        }
+        let status = ExitStatus::from_raw(status);
+        self.reaped = Some(status);
+        Ok(status)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.reaped.is_none() {
+            self.kill();
+            let _ = self.reap(0);
+        }
+    }
+}
+
+/// A descriptor that stands for the process `pid` and becomes readable when it ends.
+///
+/// # Errors
+/// ESRCH if there is no such process.
+pub fn open_pidfd(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel has just made this descriptor for us, close-on-exec as always for pidfds.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::{Read, Write},
+        os::unix::net::UnixStream,
+        time::Duration,
+    };
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn null() -> File {
+        File::options().write(true).open("/dev/null").unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_child_has_its_descriptors_at_their_numbers_and_is_reaped() {
+        let (mut three, theirs3) = UnixStream::pair().unwrap();
+        let (mut four, theirs4) = UnixStream::pair().unwrap();
+        let script = "read line <&3; echo \"got $line\" >&4; exit 7";
+        let descriptors = [(theirs3.as_fd(), 3), (theirs4.as_fd(), 4)];
+        let mut child = Child::spawn(Path::new("/bin/sh"), &["-c", script], &descriptors, null().as_fd()).unwrap();
+        drop((theirs3, theirs4));
+        three.write_all(b"word\n").unwrap();
+        let mut text = String::new();
+        four.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "got word\n");
+        let status = timeout(LIMIT, child.wait()).await.expect("the shell ends").unwrap();
+        assert_eq!(status.code(), Some(7));
+        assert!(open_pidfd(child.pid).is_err(), "reaped");
+    }
+
+    #[tokio::test]
+    async fn a_killed_child_says_so() {
+        let mut child = Child::spawn(Path::new("/bin/sleep"), &["1000"], &[], null().as_fd()).unwrap();
+        child.kill();
+        let status = timeout(LIMIT, child.wait()).await.expect("it dies").unwrap();
+        assert_eq!(status.signal(), Some(9));
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let refused = Child::spawn::<&str>(Path::new("/no/such/caisson-vmm"), &[], &[], null().as_fd()).unwrap_err();
+        assert!(refused.to_string().starts_with("cannot run /no/such/caisson-vmm: "), "{refused}");
+    }
+}
