@@ -54,15 +54,13 @@ pub(crate) fn look(scope: &Scope) -> Leftovers {
     }
     things.extend(cgroups(scope.tag).iter().map(|path| format!("cgroup {}", path.display())));
     things.extend(sockets(scope.tag).into_iter().map(|path| format!("socket {path}")));
-    for directory in ["state/io.containerd.runtime.v2.task", "root/io.containerd.runtime.v2.task", "caisson"] {
-        let path = scope.directory.join(directory);
-        things.extend(files(&path, 4).iter().map(|path| format!("file {}", path.display())));
+    // containerd keeps the namespace's own directories, so the account begins below them.
+    let tasks = |what: &str| scope.directory.join(what).join("io.containerd.runtime.v2.task").join(scope.tag);
+    let runc = Path::new("/run/containerd/runc").join(scope.tag);
+    for (directory, depth) in [(tasks("state"), 2), (tasks("root"), 2), (scope.directory.join("caisson"), 4), (runc, 1)]
+    {
+        things.extend(files(&directory, depth).iter().map(|path| format!("file {}", path.display())));
     }
-    things.extend(
-        files(&Path::new("/run/containerd/runc").join(scope.tag), 1)
-            .iter()
-            .map(|path| format!("file {}", path.display())),
-    );
     for id in scope.containers {
         let path = shim_socket(scope.socket, scope.tag, id);
         if path.exists() {

@@ -85,7 +85,13 @@ pub fn signal(pid: i32, signal: rustix::process::Signal) {
 
 /// What a stream has brought so far, and whether it has ended.
 #[derive(Clone, Default)]
-pub struct Capture(Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>);
+pub struct Capture(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<(Vec<u8>, bool)>,
+    changed: Condvar,
+}
 
 impl Capture {
     /// Reads `stream` to its end on a thread of its own.
@@ -97,10 +103,10 @@ impl Capture {
             loop {
                 // A pseudo-terminal's end is an error (EIO), a pipe's is 0.
                 let count = stream.read(&mut buffer).unwrap_or(0);
-                let mut state = shared.0.0.lock().expect("no reader panics");
+                let mut state = shared.0.state.lock().expect("no reader panics");
                 state.0.extend_from_slice(&buffer[..count]);
                 state.1 |= count == 0;
-                shared.0.1.notify_all();
+                shared.0.changed.notify_all();
                 if count == 0 {
                     return;
                 }
@@ -111,7 +117,7 @@ impl Capture {
 
     /// Everything so far.
     pub fn so_far(&self) -> Vec<u8> {
-        self.0.0.lock().expect("no reader panics").0.clone()
+        self.0.state.lock().expect("no reader panics").0.clone()
     }
 
     /// Waits until `found` sees what it looks for in the text so far.
@@ -120,7 +126,7 @@ impl Capture {
     /// At the stream's end or after `limit`, with `what` and the text.
     pub fn wait_for<T>(&self, what: &str, limit: Duration, found: impl Fn(&str) -> Option<T>) -> T {
         let end = Instant::now() + limit;
-        let mut state = self.0.0.lock().expect("no reader panics");
+        let mut state = self.0.state.lock().expect("no reader panics");
         loop {
             let text = String::from_utf8_lossy(&state.0);
             if let Some(value) = found(&text) {
@@ -129,7 +135,7 @@ impl Capture {
             let left = end.saturating_duration_since(Instant::now());
             assert!(!state.1, "the output ended without {what}: {text:?}");
             assert!(!left.is_zero(), "waited {limit:?} in vain for {what} in {text:?}");
-            state = self.0.1.wait_timeout(state, left).expect("no reader panics").0;
+            state = self.0.changed.wait_timeout(state, left).expect("no reader panics").0;
         }
     }
 
@@ -139,11 +145,11 @@ impl Capture {
     /// After `limit`, with `what`.
     pub fn wait_for_end(&self, what: &str, limit: Duration) -> Vec<u8> {
         let end = Instant::now() + limit;
-        let mut state = self.0.0.lock().expect("no reader panics");
+        let mut state = self.0.state.lock().expect("no reader panics");
         while !state.1 {
             let left = end.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "waited {limit:?} in vain for the end of {what}");
-            state = self.0.1.wait_timeout(state, left).expect("no reader panics").0;
+            state = self.0.changed.wait_timeout(state, left).expect("no reader panics").0;
         }
         std::mem::take(&mut state.0)
     }
