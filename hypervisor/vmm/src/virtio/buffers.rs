@@ -152,6 +152,28 @@ impl<'m> Buffers<'m> {
         if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    /// Receives one packet from a non-blocking packet socket: its first `header.len()` bytes into `header`, the rest into
+    /// the chain from byte `header.len()` on. Returns the packet's length, of which no more than the chain's length
+    /// was kept.
+    ///
+    /// # Errors
+    /// InvalidInput if the chain is shorter than the header; else the system call's.
+    pub fn receive_packet(&self, socket: BorrowedFd, header: &mut [u8]) -> io::Result<usize> {
+        let body = self.len.checked_sub(header.len()).ok_or_else(|| self.short(header.len()))?;
+        let mut iovecs: SmallVec<[libc::iovec; 16]> = SmallVec::new();
+        iovecs.push(libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: header.len() });
+        iovecs.extend(self.iovecs(header.len(), body)?);
+        iovecs.truncate(MAX_IOVECS);
+        // SAFETY: a zeroed msghdr is valid: no name, no control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = iovecs.as_mut_ptr();
+        message.msg_iovlen = iovecs.len();
+        // SAFETY: the iovecs point to `header`, borrowed mutably, and to guest memory that stays mapped for 'm and to whose
+        // bytes no Rust reference exists.
+        let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT | libc::MSG_TRUNC) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
     fn short(&self, need: usize) -> io::Error {
         io::Error::new(io::ErrorKind::InvalidInput, BufferError { have: self.len, need })
     }
