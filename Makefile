@@ -1,0 +1,105 @@
+# Caisson: what can be done here. `make` alone lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+MUSL := x86_64-unknown-linux-musl
+BIN := $(CURDIR)/target/$(MUSL)/release
+IMAGE := $(CURDIR)/target/image
+OCI := $(CURDIR)/target/oci
+SUITES := $(CURDIR)/target/suites
+PROGRAMS := caisson-vmm caisson-fsd containerd-shim-caisson-v2 caisson caisson-agent
+NESTED := $(BIN)/nested-host
+
+# The nested test host: half of this machine's memory (at most 8 GiB), its processors (at most 4).
+NESTED_MEM ?= $(shell awk '/^MemTotal/ { m = int($$2 / 2048); print (m > 8192 ? 8192 : m) }' /proc/meminfo)
+NESTED_CPUS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
+IN_HOST = $(NESTED) --direct-if-possible --mem $(NESTED_MEM) --cpus $(NESTED_CPUS) \
+	--env CAISSON_BIN_DIR=$(BIN) --env CAISSON_IMAGE_DIR=$(IMAGE) --env CAISSON_OCI_DIR=$(OCI)
+
+.PHONY: help
+help: ## List the targets
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+.PHONY: demo
+demo: build image oci host ## Show real images running in microVMs on a private containerd
+	@$(IN_HOST) --timeout 900 -- tests/demo/run
+
+.PHONY: build
+build: deps ## Build the programs: static, optimised
+	cargo build --locked --release --target $(MUSL) -p caisson-vmm -p caisson-fsd -p caisson-runtime -p caisson-agent \
+		$(PROGRAMS:%=--bin %)
+	@cd $(BIN) && ls -l $(PROGRAMS) | awk '{ printf "build: %-28s %6.2f MiB\n", $$NF, $$5 / 1048576 }'
+
+.PHONY: image
+image: deps ## Build the guest kernel and the initramfs
+	@mkdir -p $(IMAGE)
+	@kernel=$$(guest-image/kernel/build) && ln -sfn "$$kernel" $(IMAGE)/vmlinux
+	cargo build --locked --release --target $(MUSL) -p caisson-agent --bin caisson-agent
+	cargo build --locked -p caisson-guest-image
+	@target/debug/mkinitramfs $(BIN)/caisson-agent $(IMAGE)/initramfs
+	@cd $(IMAGE) && stat -L -c '%n %s' vmlinux initramfs | awk '{ printf "image: %-28s %6.2f MiB\n", $$1, $$2 / 1048576 }'
+
+.PHONY: test
+test: unit suites ## Prove that it works: unit tests here, VM and containerd tests on a KVM host (nested where needed)
+	@$(IN_HOST) --timeout 1500 -- tests/run-suites
+
+.PHONY: lint
+lint: deps ## Check format and lints; warnings are errors
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	for script in $$(git grep -lE '^#!/bin/(ba)?sh' -- . ':!*.rs'); do bash -n "$$script"; done
+
+.PHONY: bench
+bench: build image oci host ## Measure in exact virtual time: target/bench/report.json and report.svg
+	@tests/bench/run
+
+.PHONY: soak
+soak: suites ## The containerd and VM tests in every full size: takes hours where KVM is emulated
+	@CAISSON_FULL=1 $(IN_HOST) --timeout 20000 -- tests/run-suites --profile soak
+
+.PHONY: install
+install: build image ## Install below PREFIX (/usr/local), with /etc/caisson/config.toml if there is none
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/caisson $(DESTDIR)$(SYSCONFDIR)/caisson
+	install $(addprefix $(BIN)/,$(filter-out caisson-agent,$(PROGRAMS))) $(DESTDIR)$(PREFIX)/bin
+	install -m 644 $(IMAGE)/vmlinux $(IMAGE)/initramfs $(DESTDIR)$(PREFIX)/share/caisson
+	config=$(DESTDIR)$(SYSCONFDIR)/caisson/config.toml; \
+	if [[ -e $$config ]]; then echo "install: $$config is kept"; else \
+	  printf 'kernel = "%s"\ninitramfs = "%s"\nmonitor = "%s"\nfile_server = "%s"\n' \
+	    $(PREFIX)/share/caisson/{vmlinux,initramfs} $(PREFIX)/bin/{caisson-vmm,caisson-fsd} > $$config; fi
+
+.PHONY: clean
+clean: ## Remove what was built here (the cache in ~/.cache/caisson stays)
+	rm -rf target
+
+.PHONY: deps
+deps: ## Install what is missing: Debian packages, Rust, its musl target, cargo-nextest
+	@.ci/deps build
+
+# The host that has a KVM: this machine, or what emulates one.
+.PHONY: host
+host: deps
+	cargo build --locked --release --target $(MUSL) -p caisson-nested-host
+	@$(NESTED) --probe || .ci/deps nested
+
+# The images that the tests and the demo run.
+.PHONY: oci
+oci: deps
+	@tests/images/make $(OCI)
+
+.PHONY: unit
+unit: deps
+	cargo nextest run --locked --workspace --exclude caisson-vm-tests --exclude caisson-e2e
+
+# The test programs of the two suites, built here so that no cargo is needed where they run.
+.PHONY: suites
+suites: build image oci host
+	cargo build --locked --release --target $(MUSL) -p caisson-e2e-probe
+	@mkdir -p $(SUITES)
+	cargo nextest list --locked -p caisson-vm-tests -p caisson-e2e --list-type binaries-only --message-format json > $(SUITES)/binaries.json
+	cargo metadata --locked --format-version 1 > $(SUITES)/cargo.json
