@@ -1,0 +1,255 @@
+//! The device's side towards the guest: packets out of the transmit queue, packets into the receive queue.
+
+use std::{
+    io::{self, IoSlice},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+};
+
+use caisson_protos::monitor::{GuestStream, encode};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::{
+    super::{Buffers, Chain, Context, DeviceError, Poll},
+    EVENT, MAX_CHAINS, RX, Source, TX, Vsock,
+    connection::Received,
+    host::{Deaf, HostEnd, Incoming},
+    packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM},
+    streams::{Ports, StreamId},
+};
+
+/// The most payload in a packet to the guest, bytes (what Linux takes at most, VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
+const MAX_PAYLOAD: usize = 64 * 1024;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+const TRANSPORT_RESET: u32 = 0;
+
+impl Vsock {
+    /// Takes what the guest has sent, and sends what there is for it.
+    pub(super) fn take_packets(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        for _ in 0..MAX_CHAINS {
+            if !self.streams.has_room_for_refusal() {
+                self.send_packets(context)?;
+                if !self.streams.has_room_for_refusal() {
+                    // The driver neglects its receive queue: its packets wait until it posts buffers there.
+                    return Ok(());
+                }
+            }
+            let Some(chain) = context.pop(TX)? else {
+                if await_driver(context, TX)? {
+                    continue;
+                }
+                return self.send_packets(context);
+            };
+            self.take_packet(&chain.readable, context);
+            context.complete(TX, chain.head, 0)?;
+        }
+        if let Some(queue) = context.queues.get_mut(TX) {
+            queue.call_again();
+        }
+        self.send_packets(context)
+    }
+
+    fn take_packet(&mut self, chain: &Buffers, context: &mut Context) {
+        let mut bytes = [0; HEADER_LEN];
+        let complete = chain.read(0, &mut bytes).is_ok();
+        let header = Header::from_bytes(&bytes);
+        // Nobody could be told of a malformed packet or a false sender.
+        if !complete
+            || header.src_cid != self.state.guest_cid
+            || header.len as usize > chain.len().saturating_sub(HEADER_LEN)
+        {
+            *context.guest_faults += 1;
+            return;
+        }
+        let ports = Ports { host: header.dst_port, guest: header.src_port };
+        let known = header.dst_cid == HOST_CID && header.kind == TYPE_STREAM;
+        match self.streams.find(ports).filter(|_| known) {
+            Some(id) => self.take_packet_of(id, &header, chain, context),
+            None if known && header.op == Op::Request as u16 => self.open_from_guest(ports, &header, context.poll),
+            None if header.op == Op::Reset as u16 => {}
+            None => self.streams.refuse(&header),
+        }
+    }
+
+    fn take_packet_of(&mut self, id: StreamId, header: &Header, chain: &Buffers, context: &mut Context) {
+        let Some(stream) = self.streams.get_mut(id) else { return };
+        match stream.connection.receive(header) {
+            Ok(Received::Noted) => {}
+            Ok(Received::Accepted) => {
+                let line = format!("OK {}\n", stream.ports.host);
+                if stream.host.greet(line.as_bytes()) == Err(Deaf) {
+                    stream.connection.host_deaf();
+                }
+            }
+            Ok(Received::Data(len)) => match stream.host.deliver(chain, HEADER_LEN, len as usize, context.poll) {
+                Ok(taken) => stream.connection.delivered(u32::try_from(taken).unwrap_or(u32::MAX)),
+                Err(Deaf) => stream.connection.host_deaf(),
+            },
+            Err(violation) => {
+                *context.guest_faults += 1;
+                slog::debug!(self.log, "vsock stream reset"; "reason" => %violation, "host_port" => header.dst_port,
+                    "guest_port" => header.src_port);
+            }
+        }
+        self.settle(id, context.poll);
+    }
+
+    /// Opens the stream that the guest requests, if there is room for it and the parent takes it.
+    fn open_from_guest(&mut self, ports: Ports, request: &Header, poll: &mut dyn Poll) {
+        let id = if self.streams.is_full() {
+            Err(io::ErrorKind::QuotaExceeded.into())
+        } else {
+            self.announce(ports).and_then(|socket| {
+                self.streams.open_from_guest(ports, request, HostEnd::new(socket, None)).map_err(io::Error::other)
+            })
+        };
+        let opened = id.and_then(|id| {
+            let watched = match self.streams.get_mut(id) {
+                Some(stream) => stream.host.watch(Source::Stream(id).token(), false, poll),
+                None => Ok(()),
+            };
+            if watched.is_err() {
+                self.streams.remove(id);
+            }
+            watched.map(|()| id)
+        });
+        match opened {
+            Ok(id) => self.settle(id, poll),
+            Err(error) => {
+                // The guest can bring this about as often as it likes, so it is no warning.
+                slog::debug!(self.log, "vsock stream of the guest refused"; "host_port" => ports.host, "error" => %error);
+                self.streams.refuse(request);
+            }
+        }
+    }
+
+    /// Sends the far end of a new socket pair to the parent and returns the near one.
+    fn announce(&self, ports: Ports) -> io::Result<OwnedFd> {
+        let (near, far) = UnixStream::pair()?;
+        near.set_nonblocking(true)?;
+        let packet =
+            encode(&GuestStream { host_port: ports.host, guest_port: ports.guest }).map_err(io::Error::other)?;
+        let descriptors = [far.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        rustix::net::sendmsg(&self.guest_streams, &[IoSlice::new(&packet)], &mut control, flags)?;
+        Ok(near.into())
+    }
+
+    /// Fills the guest's receive buffers with what streams have for it, in turns, until one of the two runs out.
+    pub(super) fn send_packets(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        let mut chains = 0;
+        while self.streams.has_turns() {
+            if chains == MAX_CHAINS {
+                if let Some(queue) = context.queues.get_mut(RX) {
+                    queue.call_again();
+                }
+                break;
+            }
+            chains += 1;
+            let Some(chain) = context.pop(RX)? else {
+                self.awaits_buffers = true;
+                if await_driver(context, RX)? {
+                    continue;
+                }
+                break;
+            };
+            if std::mem::take(&mut self.awaits_buffers)
+                && let Some(queue) = context.queues.get_mut(RX)
+            {
+                queue.disable_notification(context.memory)?;
+            }
+            let written = if chain.writable.len() > HEADER_LEN {
+                self.fill(&chain, context.poll)?
+            } else {
+                *context.guest_faults += 1;
+                Some(0)
+            };
+            match written {
+                Some(written) => context.complete(RX, chain.head, written)?,
+                // Nobody had anything after all.
+                None => {
+                    if let Some(queue) = context.queues.get_mut(RX) {
+                        queue.unpop();
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the next packet into a chain with room for a header and more; returns its length.
+    fn fill(&mut self, chain: &Chain, poll: &mut dyn Poll) -> Result<Option<usize>, DeviceError> {
+        if let Some(refusal) = self.streams.next_refusal() {
+            chain.writable.write(0, &refusal.to_bytes())?;
+            return Ok(Some(HEADER_LEN));
+        }
+        while let Some(id) = self.streams.next_turn() {
+            let Some(stream) = self.streams.get_mut(id) else { continue };
+            let mut header = stream.connection.next_control();
+            let room = (chain.writable.len() - HEADER_LEN).min(stream.connection.sendable() as usize).min(MAX_PAYLOAD);
+            if header.is_none() && stream.host.is_readable() && room > 0 {
+                match stream.host.receive(&chain.writable, HEADER_LEN, room) {
+                    // At most `room`, which fits.
+                    Incoming::Bytes(n) => header = Some(stream.connection.data_packet(n as u32)),
+                    Incoming::Nothing => {}
+                    Incoming::End => {
+                        stream.connection.host_finished();
+                        if stream.host.is_closed() {
+                            stream.connection.host_deaf();
+                        }
+                        header = stream.connection.next_control();
+                    }
+                }
+            }
+            let ports = stream.ports;
+            self.settle(id, poll);
+            if let Some(header) = header {
+                let header = Header {
+                    src_cid: HOST_CID,
+                    dst_cid: self.state.guest_cid,
+                    src_port: ports.host,
+                    dst_port: ports.guest,
+                    ..header
+                };
+                chain.writable.write(0, &header.to_bytes())?;
+                return Ok(Some(HEADER_LEN + header.len as usize));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Tells the guest after a restore that its streams are gone.
+    pub(super) fn announce_reset(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        while self.state.owes_transport_reset {
+            let Some(chain) = context.pop(EVENT)? else {
+                if await_driver(context, EVENT)? {
+                    continue;
+                }
+                break;
+            };
+            let event = TRANSPORT_RESET.to_le_bytes();
+            let written = if chain.writable.write(0, &event).is_ok() {
+                self.state.owes_transport_reset = false;
+                event.len()
+            } else {
+                *context.guest_faults += 1;
+                0
+            };
+            context.complete(EVENT, chain.head, written)?;
+        }
+        Ok(())
+    }
+}
+
+/// Asks the driver to notify when it adds a chain to an empty queue; true if it just did, so that the queue is not empty.
+fn await_driver(context: &mut Context, queue: usize) -> Result<bool, DeviceError> {
+    match context.queues.get_mut(queue) {
+        Some(queue) => Ok(queue.enable_notification(context.memory)?),
+        None => Ok(false),
+    }
+}

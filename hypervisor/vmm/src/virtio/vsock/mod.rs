@@ -1,0 +1,384 @@
+//! Stream sockets between host and guest (virtio 1.2, section 5.10), of the hybrid kind: the guest uses AF_VSOCK, the
+//! host Unix sockets, and this device joins them in pairs.
+//!
+//! ```text
+//!   host                         device (this module)                       guest
+//!   clients ──► listener.rs ──┐
+//!                             ├─► streams.rs: who is there, whose turn ◄─── queue 1 (tx)  packet.rs
+//!   parent  ◄── guest.rs ─────┘      └─ connection.rs: the protocol   ────► queue 0 (rx)
+//!   sockets ◄─► host.rs                                               ────► queue 2 (event)
+//! ```
+//!
+//! Bytes are copied once in each direction, by the kernel, between a socket and guest memory. Everything that a call
+//! brings about is done within it: a REQUEST is answered, data is passed on and credit is returned before the transport
+//! looks whether an interrupt is due.
+//!
+//! When the guest has posted no buffer in its receive queue, nothing is read from the host (sockets are watched
+//! edge-triggered, so they do not wake the device either), and only then the driver is asked to notify when it has posted one.
+//!
+//! The process must ignore SIGPIPE, as Rust programs do.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use event_manager::EventSet;
+use serde::{Deserialize, Serialize};
+use slog::Logger;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::{Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
+
+mod connection;
+mod guest;
+mod host;
+mod listener;
+mod packet;
+mod streams;
+#[cfg(test)]
+mod testing;
+
+use host::HostEnd;
+use listener::Listener;
+use streams::{StreamId, Streams};
+
+const QUEUE_SIZES: [u16; 3] = [256, 256, 8];
+const RX: usize = 0;
+const TX: usize = 1;
+const EVENT: usize = 2;
+/// Chains handled in one call before others on the device thread have their turn.
+const MAX_CHAINS: usize = 256;
+/// How long the listener rests when the process has no descriptor for another client.
+const LISTENER_REST: Duration = Duration::from_millis(100);
+
+/// Bounds of the device.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Streams, in both directions together.
+    streams: usize,
+    /// Host clients that have not finished their CONNECT line.
+    greetings: usize,
+    /// Time for a host client's line, and then for the guest's answer to it.
+    handshake: Duration,
+}
+
+const LIMITS: Limits = Limits { streams: 1024, greetings: 128, handshake: Duration::from_secs(10) };
+
+/// What of the device survives a save. Streams do not: the guest is told to reset them when the machine goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The guest's context id.
+    guest_cid: u64,
+    /// Where the search for the next host port begins.
+    next_host_port: u32,
+    /// The guest was not told yet that all its streams are gone.
+    owes_transport_reset: bool,
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Vsock {
+    state: VsockState,
+    listener: Listener,
+    guest_streams: OwnedFd,
+    streams: Streams<HostEnd>,
+    timer: Timer,
+    /// The driver was asked to notify when it posts a receive buffer.
+    awaits_buffers: bool,
+    limits: Limits,
+    log: Logger,
+}
+
+impl Vsock {
+    /// A device for a machine that boots.
+    ///
+    /// `listener` and `guest_streams` are those of [`caisson_protos::monitor::VsockConfig`].
+    ///
+    /// # Errors
+    /// If a socket cannot be made non-blocking, or no timer can be had.
+    pub fn new(guest_cid: u64, listener: OwnedFd, guest_streams: OwnedFd, log: Logger) -> io::Result<Self> {
+        let state = VsockState { guest_cid, next_host_port: streams::FIRST_HOST_PORT, owes_transport_reset: false };
+        Self::with_limits(state, listener, guest_streams, log, LIMITS)
+    }
+
+    /// The device of a saved machine. As soon as it is activated, it tells the guest that all streams are gone.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn restore(saved: &VsockState, listener: OwnedFd, guest_streams: OwnedFd, log: Logger) -> io::Result<Self> {
+        let state = VsockState { owes_transport_reset: true, ..saved.clone() };
+        Self::with_limits(state, listener, guest_streams, log, LIMITS)
+    }
+
+    fn with_limits(
+        state: VsockState,
+        listener: OwnedFd,
+        guest_streams: OwnedFd,
+        log: Logger,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            listener: Listener::new(listener, limits.greetings)?,
+            guest_streams,
+            streams: Streams::new(limits.streams, state.next_host_port),
+            timer: Timer::new()?,
+            awaits_buffers: false,
+            state,
+            limits,
+            log,
+        })
+    }
+
+    /// What must survive a save.
+    pub fn save(&self) -> VsockState {
+        VsockState { next_host_port: self.streams.next_host_port(), ..self.state.clone() }
+    }
+
+    fn accept(&mut self, poll: &mut dyn Poll) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + self.limits.handshake;
+        match self.listener.accept(deadline, poll) {
+            Ok(numbers) => {
+                self.timer.fire_at(deadline)?;
+                // A client's line is often there already.
+                numbers.into_iter().for_each(|number| self.hear(number, false, poll));
+            }
+            Err(error) => {
+                slog::warn!(self.log, "cannot accept a vsock client, trying again"; "error" => %error);
+                self.listener.rest(poll);
+                self.timer.fire_at(Instant::now() + LISTENER_REST)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks whether a client has finished its line; if so, requests its stream from the guest.
+    fn hear(&mut self, number: u32, ended: bool, poll: &mut dyn Poll) {
+        let Some(caller) = self.listener.hear(number, ended, poll) else { return };
+        let fd = caller.socket.as_raw_fd();
+        let deadline = Instant::now() + self.limits.handshake;
+        let Ok(id) = self.streams.open_from_host(caller.port, HostEnd::new(caller.socket, Some(deadline))) else {
+            poll.remove(fd);
+            return;
+        };
+        if let Some(stream) = self.streams.get_mut(id)
+            && let Err(error) = stream.host.watch(Source::Stream(id).token(), true, poll)
+        {
+            slog::warn!(self.log, "cannot watch a vsock client"; "error" => %error);
+            poll.remove(fd);
+            self.streams.remove(id);
+            return;
+        }
+        self.settle(id, poll);
+    }
+
+    fn stream_ready(&mut self, id: StreamId, events: EventSet, poll: &mut dyn Poll) {
+        let Some(stream) = self.streams.get_mut(id) else { return };
+        stream.host.note(events);
+        if events.contains(EventSet::OUT) && stream.host.has_spill() {
+            match stream.host.flush(poll) {
+                // Bounded by the window.
+                Ok(taken) => stream.connection.delivered(u32::try_from(taken).unwrap_or(u32::MAX)),
+                Err(host::Deaf) => stream.connection.host_deaf(),
+            }
+        }
+        // What is still to be read goes to the guest first; the end of it says then that the host is deaf, too.
+        if stream.host.is_closed() && (stream.host.has_spill() || stream.connection.host_to_guest_over()) {
+            stream.host.drop_spill();
+            stream.connection.host_deaf();
+        }
+        self.settle(id, poll);
+    }
+
+    /// Does what a change of a stream entails: ends directions of the socket, ends the stream, gives it a turn.
+    fn settle(&mut self, id: StreamId, poll: &mut dyn Poll) {
+        let Some(stream) = self.streams.get_mut(id) else { return };
+        let (connection, host) = (&stream.connection, &mut stream.host);
+        match (connection.guest_to_host_over(), connection.host_to_guest_over()) {
+            (true, true) => host.close(poll),
+            (true, false) => host.shut_write(),
+            (false, true) => host.shut_read(),
+            (false, false) => {}
+        }
+        let (gone, over) = (connection.is_gone(), connection.is_over());
+        let has_packet = connection.owes_control() || (host.is_readable() && connection.sendable() > 0);
+        if over {
+            self.streams.remove(id);
+        } else if gone {
+            self.streams.forget_ports(id);
+        } else if has_packet {
+            self.streams.line_up(id);
+        }
+    }
+
+    /// Ends what has waited for too long.
+    fn expire(&mut self, poll: &mut dyn Poll) -> Result<(), DeviceError> {
+        self.timer.fired();
+        self.listener.watch(poll).map_err(|source| DeviceError::Host { what: "watch the vsock listener", source })?;
+        let now = Instant::now();
+        let mut next = self.listener.expire(now, poll);
+        for id in self.streams.ids() {
+            let Some(stream) = self.streams.get_mut(id) else { continue };
+            let Some(deadline) = stream.host.deadline.filter(|_| stream.connection.is_requesting()) else { continue };
+            if deadline <= now {
+                stream.connection.expire();
+                self.settle(id, poll);
+            } else {
+                next = Some(next.map_or(deadline, |next| next.min(deadline)));
+            }
+        }
+        match next {
+            Some(deadline) => self.timer.fire_at(deadline),
+            None => Ok(()),
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn name(&self) -> &'static str {
+        "vsock"
+    }
+
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.state.guest_cid.to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        self.awaits_buffers = true;
+        self.listener
+            .watch(context.poll)
+            .and_then(|()| context.poll.add(self.timer.fd(), Source::Timer.token(), EventSet::IN))
+            .map_err(|source| DeviceError::Host { what: "watch the vsock device's descriptors", source })?;
+        self.announce_reset(context)?;
+        self.take_packets(context)
+    }
+
+    fn queue_ready(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
+        match queue {
+            EVENT => self.announce_reset(context),
+            // Packets of the guest may have waited until their refusals could be sent.
+            _ => self.take_packets(context),
+        }
+    }
+
+    fn descriptor_ready(
+        &mut self,
+        context: &mut Context,
+        token: PollToken,
+        events: EventSet,
+    ) -> Result<(), DeviceError> {
+        match Source::from_token(token) {
+            Source::Listener => self.accept(context.poll)?,
+            Source::Timer => self.expire(context.poll)?,
+            Source::Greeting(number) => {
+                let ended = events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
+                self.hear(number, ended, context.poll);
+            }
+            Source::Stream(id) => self.stream_ready(id, events, context.poll),
+        }
+        self.send_packets(context)
+    }
+
+    fn open_streams(&self) -> u32 {
+        u32::try_from(self.streams.len()).unwrap_or(u32::MAX)
+    }
+
+    fn reset(&mut self, poll: &mut dyn Poll) {
+        self.listener.reset(poll);
+        self.streams.clear().iter_mut().for_each(|host| host.close(poll));
+        poll.remove(self.timer.fd());
+        self.timer.fired();
+        // A driver that starts anew has no streams.
+        self.state.owes_transport_reset = false;
+    }
+}
+
+/// What a watched descriptor is, as a token: two bits of kind, thirty of number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Listener,
+    Timer,
+    Greeting(u32),
+    Stream(StreamId),
+}
+
+impl Source {
+    const NUMBER_MASK: u32 = (1 << StreamId::BITS) - 1;
+
+    fn token(self) -> PollToken {
+        let (kind, number) = match self {
+            Self::Listener => (0, 0),
+            Self::Timer => (1, 0),
+            Self::Greeting(number) => (2, number & Self::NUMBER_MASK),
+            Self::Stream(id) => (3, id.number()),
+        };
+        kind << StreamId::BITS | number
+    }
+
+    fn from_token(token: PollToken) -> Self {
+        match token >> StreamId::BITS {
+            0 => Self::Listener,
+            1 => Self::Timer,
+            2 => Self::Greeting(token & Self::NUMBER_MASK),
+            _ => Self::Stream(StreamId::from_number(token)),
+        }
+    }
+
+    /// The number of the greeting after `number`.
+    fn next_greeting(number: u32) -> u32 {
+        (number + 1) & Self::NUMBER_MASK
+    }
+}
+
+/// Fires for the next deadline. It is not stopped when that is met, so it costs at most two system calls in each time limit,
+/// however many streams come and go.
+#[derive(Debug)]
+struct Timer {
+    timer: TimerFd,
+    due: Option<Instant>,
+}
+
+impl Timer {
+    fn new() -> io::Result<Self> {
+        Ok(Self { timer: TimerFd::new()?, due: None })
+    }
+
+    fn fd(&self) -> i32 {
+        self.timer.as_raw_fd()
+    }
+
+    /// Makes it fire at `deadline` or before.
+    fn fire_at(&mut self, deadline: Instant) -> Result<(), DeviceError> {
+        if self.due.is_some_and(|due| due <= deadline) {
+            return Ok(());
+        }
+        // Zero would stop it.
+        let rest = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        self.due = Some(deadline);
+        self.timer
+            .reset(rest, None)
+            .map_err(|error| DeviceError::Host { what: "set the vsock timer", source: error.into() })
+    }
+
+    fn fired(&mut self) {
+        self.due = None;
+        let _ = self.timer.clear();
+    }
+}
+
+#[cfg(test)]
+mod device_tests;
