@@ -2,5 +2,29 @@
 //!
 //! Nothing here knows of containers. The guest is hostile: whatever it writes to a register, a ring or a packet is
 //! an input to be checked, and the worst it may reach is a fault of its own machine.
+//!
+//! ```text
+//!   control socket ──► monitor ──builds──► machine ──┬── memory, boot     RAM with a kernel in it
+//!   (control,            │ main thread:              ├── vcpu             one thread each
+//!    descriptors)        │ commands, devices         ├── bus ── ports     console, reset, power
+//!                        ▼                           │    └── virtio      devices
+//!                       end ◄────── whoever meets it ┘
+//! ```
+//!
+//! There is one thread besides the vCPUs: it serves the control socket and all devices. So a command never meets a device
+//! in the middle of a request, which is what pausing needs, and an idle machine costs no further thread.
 
+pub mod boot;
+pub mod bus;
+pub mod control;
+pub mod descriptors;
+pub mod end;
+pub mod kvm;
+pub mod layout;
+pub mod machine;
+pub mod memory;
+pub mod monitor;
+pub mod output;
+pub mod ports;
+pub mod vcpu;
 pub mod virtio;

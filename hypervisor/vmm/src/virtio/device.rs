@@ -130,6 +130,11 @@ pub trait VirtioDevice: Send {
         events: EventSet,
     ) -> Result<(), DeviceError>;
 
+    /// Streams between host and guest that are open now, for the machine's statistics.
+    fn open_streams(&self) -> u32 {
+        0
+    }
+
     /// Back to the state before `activate`: forget all guest requests, end all watches. No request may touch guest memory
     /// afterwards.
     fn reset(&mut self, poll: &mut dyn Poll);

@@ -9,13 +9,22 @@
 //! A device never sees a guest address: it sees [`Chain`]s whose every byte lies in guest memory, through the
 //! [`Context`] that the transport lends it for one call.
 
+pub mod block;
 mod buffers;
 mod device;
+pub mod fs;
+pub mod mmio;
 mod queue;
+pub mod rng;
+mod serve;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod vsock;
 
 pub use buffers::{BufferError, Buffers};
 pub use device::{Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
 pub use queue::{Chain, QueueError, VirtQueue};
+pub use serve::serve;
 
 /// All of a machine's RAM.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;

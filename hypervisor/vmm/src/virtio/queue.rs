@@ -4,7 +4,7 @@
 //! sees any of it: readable before writable descriptors, every byte in guest memory, a proper end.
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
-use vm_memory::{GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::{Buffers, GuestMemory};
 
@@ -54,6 +54,8 @@ pub struct VirtQueue {
     queue: Queue,
     /// Chains were completed since the driver was last asked whether it wants an interrupt.
     used_since_signal: bool,
+    /// The device left chains for later.
+    call_again: bool,
 }
 
 impl VirtQueue {
@@ -62,7 +64,7 @@ impl VirtQueue {
     /// # Errors
     /// If `max_size` is not a power of two up to 32768.
     pub fn new(max_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false })
+        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false, call_again: false })
     }
 
     /// The ring's registers, for the transport.
@@ -105,6 +107,41 @@ impl VirtQueue {
         self.queue.go_to_previous_position();
     }
 
+    /// Walks a chain again that [`Self::pop`] gave earlier and that was not completed yet: for a device that answers later
+    /// and keeps only the head meanwhile. The driver may have changed the descriptors since, so all is checked anew.
+    ///
+    /// # Errors
+    /// A malformed chain; the queue must not be used again before a reset.
+    pub fn chain<'m>(&self, memory: &'m GuestMemory, head: u16) -> Result<Chain<'m>, QueueError> {
+        const DESCRIPTOR_LEN: u16 = size_of::<Descriptor>() as u16;
+        let mut chain = Chain { head, readable: Buffers::default(), writable: Buffers::default() };
+        let (mut table, mut size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
+        let (mut index, mut left, mut indirect) = (head, size, false);
+        loop {
+            // `left` ends a loop: a chain has no more descriptors than its table.
+            if index >= size || left == 0 {
+                return Err(QueueError::End(head));
+            }
+            left -= 1;
+            let address = table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_LEN));
+            let descriptor = address.and_then(|at| memory.read_obj::<Descriptor>(at).ok());
+            let descriptor = descriptor.ok_or(QueueError::End(head))?;
+            if descriptor.refers_to_indirect_table() {
+                let entries = u16::try_from(descriptor.len() / u32::from(DESCRIPTOR_LEN)).unwrap_or(0);
+                if indirect || descriptor.has_next() || descriptor.len() % u32::from(DESCRIPTOR_LEN) != 0 {
+                    return Err(QueueError::End(head));
+                }
+                (table, size, index, left, indirect) = (descriptor.addr(), entries, 0, entries, true);
+                continue;
+            }
+            chain.push(memory, &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(chain);
+            }
+            index = descriptor.next();
+        }
+    }
+
     /// Returns the chain `head` to the driver with `written` bytes filled in.
     ///
     /// # Errors
@@ -113,6 +150,18 @@ impl VirtQueue {
         self.queue.add_used(memory, head, written)?;
         self.used_since_signal = true;
         Ok(())
+    }
+
+    /// Asks the transport to call `queue_ready` for this queue again, after everything else that waits on the device
+    /// thread had its turn. A device that stops before the queue is empty calls this, so that a driver that adds
+    /// chains as fast as they are served cannot hold the thread.
+    pub fn call_again(&mut self) {
+        self.call_again = true;
+    }
+
+    /// Whether [`Self::call_again`] was called since the last time.
+    pub(super) fn take_call_again(&mut self) -> bool {
+        std::mem::take(&mut self.call_again)
     }
 
     /// Asks the driver for a notification at the next available chain; true if more came in meanwhile, so that the caller has to pop again.
@@ -158,7 +207,7 @@ impl<'m> Chain<'m> {
     fn extend_with(
         &mut self,
         memory: &'m GuestMemory,
-        address: vm_memory::GuestAddress,
+        address: GuestAddress,
         len: u32,
         writable: bool,
     ) -> Result<(), QueueError> {

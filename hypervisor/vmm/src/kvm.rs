@@ -1,0 +1,135 @@
+//! The host's KVM: whether it can run our machines, and the empty machine itself.
+
+use std::io;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::{layout::KVM_TSS, virtio::GuestMemory};
+
+/// What we cannot do without, and the names by which an operator finds them.
+const NEEDED: [(Cap, &str); 7] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// KVM that cannot be used; each says which check failed.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// No device node.
+    #[error("/dev/kvm does not exist: load the module kvm_intel or kvm_amd, and enable virtualization in the firmware")]
+    Missing,
+    /// No permission.
+    #[error("no permission to open /dev/kvm: run as root or as a member of the group that owns it")]
+    Permission,
+    /// Anything else.
+    #[error("cannot open /dev/kvm: {0}")]
+    Open(io::Error),
+    /// Not the API of the last 15 years.
+    #[error("/dev/kvm has API version {0}, expected {KVM_API_VERSION}")]
+    Version(i32),
+    /// The kernel is too old or built without it.
+    #[error("/dev/kvm lacks {0}: use a newer or unrestricted host kernel")]
+    Capability(&'static str),
+    /// Too many vCPUs.
+    #[error("/dev/kvm takes at most {have} vCPUs in a machine, {need} are configured")]
+    Vcpus {
+        /// KVM's limit.
+        have: usize,
+        /// Configured.
+        need: u8,
+    },
+    /// A call failed.
+    #[error("{what} failed: {source}")]
+    Call {
+        /// The ioctl.
+        what: &'static str,
+        /// The system's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// A descriptor for an interrupt or notification.
+    #[error("{what} failed: {source}")]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// Names the call that failed.
+pub(crate) fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Call { what, source }
+}
+
+/// Opens /dev/kvm and checks that it can do what we need.
+///
+/// # Errors
+/// See [`KvmError`].
+pub fn open() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
+        libc::EACCES | libc::EPERM => KvmError::Permission,
+        errno => KvmError::Open(io::Error::from_raw_os_error(errno)),
+    })?;
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION as i32 {
+        return Err(KvmError::Version(version));
+    }
+    match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, name)) => Err(KvmError::Capability(name)),
+        None => Ok(kvm),
+    }
+}
+
+/// A machine with RAM and interrupt controllers and nothing else.
+///
+/// # Errors
+/// See [`KvmError`].
+pub fn create_machine(kvm: &Kvm, memory: &GuestMemory, vcpus: u8) -> Result<VmFd, KvmError> {
+    let have = kvm.get_max_vcpus();
+    if have < vcpus.into() {
+        return Err(KvmError::Vcpus { have, need: vcpus });
+    }
+    let vm = loop {
+        match kvm.create_vm() {
+            // The kernel starts a thread of its own for the machine and may be interrupted at that.
+            Err(error) if error.errno() == libc::EINTR => {}
+            vm => break vm.map_err(call("KVM_CREATE_VM"))?,
+        }
+    };
+    vm.set_tss_address(KVM_TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let host = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(|e| KvmError::Io { what: "guest memory", source: io::Error::other(e) })?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the host range is a mapping that lives as long as `memory`, which the machine keeps until the process
+        // ends; it does not overlap another slot, since regions do not overlap.
+        unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    // Interrupt controllers in the kernel, and no timer chip: a Linux that knows KVM takes its time from kvm-clock and
+    // its ticks from the local APIC.
+    vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+    Ok(vm)
+}
+
+/// What KVM can show a guest of this processor.
+///
+/// # Errors
+/// The call's.
+pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
+}

@@ -1,0 +1,225 @@
+//! A whole machine, built from its description and descriptors, not yet running.
+//!
+//! The order matters little to the guest but much to errors: what can be checked is checked before anything is asked
+//! of KVM, so that a wrong description costs nothing.
+
+mod devices;
+
+use std::{io, sync::Arc};
+
+use caisson_protos::monitor::{MachineConfig, MachineStats};
+use kvm_ioctls::{Kvm, VmFd};
+use slog::Logger;
+
+use crate::{
+    boot::{self, BootError, CommandLine, Image},
+    bus::{Bus, device_base},
+    descriptors::{Access, DescriptorError, Descriptors},
+    end::End,
+    kvm::{self, KvmError},
+    layout::{SERIAL_IRQ, VIRTIO_IRQS},
+    memory::{self, Backing, MemoryError},
+    output::Output,
+    ports::Ports,
+    vcpu::{self, Gate, Running, Surroundings, Vcpu},
+    virtio::{GuestMemory, mmio::MmioDevice},
+};
+
+/// The most vCPUs in a machine.
+pub const MAX_VCPUS: u8 = 32;
+/// The most disks in a machine.
+pub const MAX_DISKS: usize = 8;
+/// The most shares in a machine.
+pub const MAX_SHARES: usize = 4;
+
+/// A machine that cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Number of vCPUs.
+    #[error("{0} vCPUs: use 1 to {MAX_VCPUS}")]
+    Vcpus(u8),
+    /// Number of devices.
+    #[error("{count} {what}: use at most {max}")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A disk's serial number.
+    #[error("serial number {0:?} of a disk: use up to 20 bytes of printable ASCII")]
+    Serial(String),
+    /// Two disks or shares of one name.
+    #[error("two {what} have the name {name:?}: use different ones")]
+    Twice {
+        /// Of what.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// The guest's context id.
+    #[error("guest context id {0}: use 3 to 4294967294")]
+    GuestCid(u64),
+    /// A descriptor.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initramfs, command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A device.
+    #[error("{what}: {source}")]
+    Device {
+        /// Its name.
+        what: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A descriptor or thread of our own.
+    #[error("{what}: {source}")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// A machine. The memory and `vm` must live as long as a vCPU may run; the process keeps all of it until its end.
+pub struct Machine {
+    vm: VmFd,
+    memory: GuestMemory,
+    bus: Arc<Bus>,
+    gate: Arc<Gate>,
+    waiting: Vec<Vcpu>,
+    running: Vec<Running>,
+}
+
+impl Machine {
+    /// Builds it.
+    ///
+    /// # Errors
+    /// See [`MachineError`]; nothing is left behind then.
+    pub fn build(kvm: &Kvm, config: &MachineConfig, mut fds: Descriptors, log: &Logger) -> Result<Self, MachineError> {
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(MachineError::Vcpus(config.vcpus));
+        }
+        let backing = match config.memory.file {
+            Some(index) => {
+                let access = if config.memory.private { Access::Read } else { Access::ReadWrite };
+                let (file, file_size) = fds.file(index, "guest memory", access)?;
+                Some(Backing { file, file_size, private: config.memory.private })
+            }
+            None => None,
+        };
+        let memory = memory::create(config.memory.size, backing)?;
+        let image = |fds: &mut Descriptors, index, what| -> Result<Image, DescriptorError> {
+            let (file, size) = fds.file(index, what, Access::Read)?;
+            Ok(Image { file: file.into(), size })
+        };
+        let kernel = image(&mut fds, config.kernel, "kernel")?;
+        let initramfs = config.initramfs.map(|index| image(&mut fds, index, "initramfs")).transpose()?;
+        let mut command_line = CommandLine::new(&config.command_line).map_err(BootError::from)?;
+        let console = match &config.console {
+            Some(console) => {
+                command_line.add_console(console.early);
+                Some(Output::new(fds.output(console.output, "console")?))
+            }
+            None => None,
+        };
+        let devices = devices::build(config, &mut fds, log)?
+            .into_iter()
+            .map(|device| MmioDevice::new(device, memory.clone(), log.clone()).map(Arc::new))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(system("eventfd for a device"))?;
+        fds.finish()?;
+        for (index, irq) in (0..devices.len()).zip(VIRTIO_IRQS) {
+            command_line.add_device(device_base(index), irq);
+        }
+        let entry = boot::load(&memory, &kernel, initramfs.as_ref(), command_line, config.vcpus)?;
+
+        let ports = Ports::new(console).map_err(system("eventfd for the console"))?;
+        let vm = kvm::create_machine(kvm, &memory, config.vcpus)?;
+        for (index, (device, irq)) in devices.iter().zip(VIRTIO_IRQS).enumerate() {
+            device.connect(&vm, device_base(index), irq).map_err(system("joining a device to KVM"))?;
+        }
+        if let Some(interrupt) = ports.serial_interrupt().map_err(system("eventfd for the console"))? {
+            vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(kvm::call("KVM_IRQFD"))?;
+        }
+        let waiting = vcpu::create(kvm, &vm, config.vcpus, entry)?;
+        let bus = Arc::new(Bus { ports, devices });
+        Ok(Self { vm, memory, bus, gate: Arc::default(), waiting, running: Vec::new() })
+    }
+
+    /// Ports and devices.
+    pub fn bus(&self) -> &Arc<Bus> {
+        &self.bus
+    }
+
+    /// Whether [`Self::start`] was called.
+    pub fn is_started(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Runs the vCPUs.
+    ///
+    /// # Errors
+    /// No more threads; some vCPUs may run then, and the machine is of no use.
+    pub fn start(&mut self, end: &Arc<End>) -> Result<(), MachineError> {
+        vcpu::install_kick().map_err(system("signal handler"))?;
+        for vcpu in std::mem::take(&mut self.waiting) {
+            let surroundings = Surroundings { bus: self.bus.clone(), end: end.clone(), gate: self.gate.clone() };
+            self.running.push(vcpu.start(surroundings).map_err(system("thread for a vCPU"))?);
+        }
+        Ok(())
+    }
+
+    /// Stops all vCPUs; returns when none is in the guest any more.
+    pub fn pause(&self) {
+        self.gate.close();
+        self.running.iter().for_each(Running::kick);
+        self.gate.wait_for(self.running.len());
+    }
+
+    /// Lets them run on.
+    pub fn resume(&self) {
+        self.gate.open();
+    }
+
+    /// What happened so far.
+    pub fn stats(&self) -> MachineStats {
+        let mut stats = MachineStats {
+            vcpu_exits: self.running.iter().map(Running::exits).sum(),
+            console_dropped_bytes: self.bus.ports.console_dropped(),
+            ..Default::default()
+        };
+        for device in self.bus.devices.iter().map(|device| device.stats()) {
+            stats.queue_notifications += device.notifications;
+            stats.interrupts += device.interrupts;
+            stats.guest_faults += device.guest_faults;
+            stats.vsock_streams += device.streams;
+        }
+        stats
+    }
+
+    /// RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The machine in KVM.
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> MachineError {
+    move |source| MachineError::System { what, source }
+}

@@ -1,0 +1,187 @@
+//! Virtual processors: one thread each, that enters the guest and serves what makes it come out.
+//!
+//! ```text
+//!   pass the gate ──► KVM_RUN ──► port or register access: serve it, on we go
+//!        ▲               ├──────► interrupted by a kick: back to the gate
+//!        └───────────────┴──────► shutdown, reset, power-off, error: declare the end, leave
+//! ```
+//!
+//! A kick is two things: `immediate_exit` set in the vCPU's shared page, so that the next entry returns at once, and
+//! a signal, in case the thread is in the guest now. One of both meets it wherever it is.
+
+mod cpuid;
+mod exit;
+mod gate;
+mod registers;
+
+use std::{
+    io,
+    os::unix::thread::JoinHandleExt,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+use caisson_protos::monitor::ExitReason;
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::GuestAddress;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+pub use self::gate::Gate;
+use crate::{
+    bus::Bus,
+    end::End,
+    kvm::{KvmError, call, supported_cpuid},
+};
+
+/// A host thread's stack, bytes: the run loop is shallow.
+const STACK: usize = 128 << 10;
+
+/// A vCPU that has not run yet.
+pub struct Vcpu {
+    fd: VcpuFd,
+    id: u8,
+}
+
+/// What a vCPU thread shares with the rest of the machine.
+#[derive(Clone)]
+pub struct Surroundings {
+    /// What port and register accesses reach.
+    pub bus: Arc<Bus>,
+    /// Whom to tell that it is over.
+    pub end: Arc<End>,
+    /// Whether to run.
+    pub gate: Arc<Gate>,
+}
+
+/// A vCPU's thread.
+pub struct Running {
+    /// Keeps the vCPU, and with it the page that `immediate_exit` points to, until it is joined.
+    thread: JoinHandle<VcpuFd>,
+    immediate_exit: ImmediateExit,
+    exits: Arc<AtomicU64>,
+}
+
+/// Makes the vCPUs of a machine; the first begins at `entry`.
+///
+/// # Errors
+/// KVM's.
+pub fn create(kvm: &Kvm, vm: &VmFd, count: u8, entry: GuestAddress) -> Result<Vec<Vcpu>, KvmError> {
+    let supported = supported_cpuid(kvm)?;
+    let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
+    (0..count)
+        .map(|id| {
+            let fd = vm.create_vcpu(id.into()).map_err(call("KVM_CREATE_VCPU"))?;
+            let topology = cpuid::Topology { id, count };
+            set_cpuid(&fd, &cpuid::entries(supported.as_slice(), topology, tsc_deadline))?;
+            registers::set_msrs(&fd)?;
+            if id == 0 {
+                registers::set_entry(&fd, entry)?;
+            }
+            Ok(Vcpu { fd, id })
+        })
+        .collect()
+}
+
+fn set_cpuid(fd: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
+    let failed = call("KVM_SET_CPUID2");
+    let cpuid = CpuId::from_entries(entries).map_err(|_| failed(kvm_ioctls::Error::new(libc::E2BIG)))?;
+    fd.set_cpuid2(&cpuid).map_err(failed)
+}
+
+/// Lets a kick interrupt KVM_RUN without ending the process. Once, before the first vCPU runs.
+///
+/// # Errors
+/// The system call's.
+pub fn install_kick() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    Ok(register_signal_handler(SIGRTMIN(), nothing)?)
+}
+
+impl Vcpu {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No more threads.
+    pub fn start(mut self, surroundings: Surroundings) -> io::Result<Running> {
+        let immediate_exit = ImmediateExit::of(&mut self.fd);
+        let exits = Arc::new(AtomicU64::new(0));
+        let counter = exits.clone();
+        let thread =
+            std::thread::Builder::new().name(format!("vcpu{}", self.id)).stack_size(STACK).spawn(move || {
+                self.run(&surroundings, &counter);
+                surroundings.gate.leave();
+                self.fd
+            })?;
+        Ok(Running { thread, immediate_exit, exits })
+    }
+
+    fn run(&mut self, around: &Surroundings, exits: &AtomicU64) {
+        loop {
+            around.gate.pass();
+            let exit = self.fd.run();
+            exits.fetch_add(1, Ordering::Relaxed);
+            match exit {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    if let Some(exit) = around.bus.ports.write(port, data) {
+                        return around.end.declare(exit.reason, exit.detail);
+                    }
+                }
+                Ok(VcpuExit::IoIn(port, data)) => around.bus.ports.read(port, data),
+                Ok(VcpuExit::MmioRead(address, data)) => around.bus.read(GuestAddress(address), data),
+                Ok(VcpuExit::MmioWrite(address, data)) => around.bus.write(GuestAddress(address), data),
+                Ok(VcpuExit::Intr) => {}
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    // Back to the gate; whoever closes it closes it before he kicks.
+                    self.fd.set_kvm_immediate_exit(0);
+                }
+                Ok(VcpuExit::Shutdown) => {
+                    let detail = format!("triple fault on vCPU {}", self.id);
+                    return around.end.declare(ExitReason::TripleFault, detail);
+                }
+                other => {
+                    let what = exit::describe_unexpected(other);
+                    let detail = format!("vCPU {}: {}{}", self.id, what, exit::details(&mut self.fd));
+                    return around.end.declare(ExitReason::KvmError, detail);
+                }
+            }
+        }
+    }
+}
+
+impl Running {
+    /// Gets the vCPU out of the guest, to the gate.
+    pub fn kick(&self) {
+        self.immediate_exit.set();
+        // SAFETY: the thread was not joined, so its id is its own, whether it still runs or not; the signal has a
+        // handler (install_kick).
+        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), SIGRTMIN()) };
+    }
+
+    /// Times that the guest came out to this process.
+    pub fn exits(&self) -> u64 {
+        self.exits.load(Ordering::Relaxed)
+    }
+}
+
+/// The byte in a vCPU's shared page that makes KVM_RUN return at once.
+struct ImmediateExit(*const AtomicU8);
+
+impl ImmediateExit {
+    fn of(fd: &mut VcpuFd) -> Self {
+        Self((&raw mut fd.get_kvm_run().immediate_exit).cast::<AtomicU8>())
+    }
+
+    fn set(&self) {
+        // SAFETY: the page is mapped as long as the VcpuFd exists, which `Running` keeps in its thread's result. A u8 has the
+        // layout of an AtomicU8. The kernel reads this byte at any time, and the vCPU's thread clears it between two
+        // runs; a lost race costs one more turn through the gate, which decides.
+        unsafe { (*self.0).store(1, Ordering::SeqCst) };
+    }
+}
+
+// SAFETY: it is only an address; what is done with it, see `set`, may be done on any thread.
+unsafe impl Send for ImmediateExit {}

@@ -1,0 +1,369 @@
+//! The virtio-mmio transport: joins a device, its registers, its queues and its interrupt.
+//!
+//! ```text
+//!   vCPU threads                              device thread
+//!     register access ──► [lock] Registers      │
+//!       DRIVER_OK, reset ─────── wake ─────────►│ settle: device.reset, device.activate
+//!     QueueNotify ═══ ioeventfd (no exit) ═════►│ device.queue_ready
+//!     InterruptACK ══ ioeventfd, never read     │ device.descriptor_ready
+//!     ◄═══════════════ irqfd ═══════════════════│ one interrupt, if any completed chain needs it
+//! ```
+//!
+//! A reset takes effect in the very register write: the queues are gone when the vCPU goes on, so nothing can touch
+//! guest memory any more; the device hears of it before anything else happens to it. Activation may happen a little
+//! after the write, which no driver can tell from a slow device.
+//!
+//! **Interrupts** are edges on an IOAPIC pin of their own, so that none has to be taken back. The acknowledgement is
+//! then of no use to anybody, but Linux writes it after each interrupt; an ioeventfd that nobody reads swallows it inside
+//! KVM, which saves half of the exits to this process. So the "used buffer" cause, once given, stays readable in
+//! InterruptStatus, and a driver looks at its used rings at each interrupt, as it does anyway.
+
+mod registers;
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use slog::Logger;
+use virtio_bindings::{
+    virtio_mmio::{
+        VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK,
+        VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_QUEUE_NOTIFY,
+    },
+    virtio_ring::VIRTIO_RING_F_EVENT_IDX,
+};
+use virtio_queue::QueueT;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+pub use self::registers::Registers;
+use self::registers::{Effect, QueueRegisters};
+use super::{Context, DeviceError, GuestMemory, Poll, PollToken, QueueError, VirtQueue, VirtioDevice};
+
+/// The size of one device's register page.
+pub const REGISTERS_SIZE: u64 = 4096;
+/// Faults of one device beyond this number are counted, not logged: a guest can produce them without end.
+const MAX_LOGGED_FAULTS: u64 = 8;
+
+/// One device on the bus.
+pub struct MmioDevice {
+    name: &'static str,
+    memory: GuestMemory,
+    log: Logger,
+    notify: Vec<EventFd>,
+    acknowledge: EventFd,
+    /// Registers changed in a way that the device must hear of.
+    wake: EventFd,
+    interrupt: EventFd,
+    interrupt_status: AtomicU32,
+    notifications: AtomicU64,
+    interrupts: AtomicU64,
+    guest_faults: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    registers: Registers,
+    device: Box<dyn VirtioDevice>,
+    /// Exists while the device is active.
+    queues: Option<Vec<VirtQueue>>,
+    /// The device was active when the driver reset it and has not heard of it.
+    reset_due: bool,
+}
+
+/// Counters of one device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DeviceStats {
+    /// Queue notifications handled.
+    pub notifications: u64,
+    /// Interrupts sent.
+    pub interrupts: u64,
+    /// Malformed requests and register accesses.
+    pub guest_faults: u64,
+    /// Open streams.
+    pub streams: u32,
+}
+
+impl MmioDevice {
+    /// Puts `device` behind a register block. Not yet connected to KVM: see [`Self::connect`].
+    ///
+    /// # Errors
+    /// No more descriptors.
+    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory, log: Logger) -> io::Result<Self> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let registers = Registers::new(device.device_id(), device.features(), device.queue_sizes());
+        Ok(Self {
+            name: device.name(),
+            memory,
+            log,
+            notify: device.queue_sizes().iter().map(|_| event()).collect::<Result<_, _>>()?,
+            acknowledge: event()?,
+            wake: event()?,
+            interrupt: event()?,
+            interrupt_status: AtomicU32::new(0),
+            notifications: AtomicU64::new(0),
+            interrupts: AtomicU64::new(0),
+            guest_faults: AtomicU64::new(0),
+            inner: Mutex::new(Inner { registers, device, queues: None, reset_due: false }),
+        })
+    }
+
+    /// Joins notifications and interrupt to the machine: registers at `base`, interrupt `irq`.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn connect(&self, vm: &kvm_ioctls::VmFd, base: GuestAddress, irq: u32) -> io::Result<()> {
+        use kvm_ioctls::{IoEventAddress::Mmio, NoDatamatch};
+        vm.register_irqfd(&self.interrupt, irq)?;
+        vm.register_ioevent(&self.acknowledge, &Mmio(base.0 + u64::from(VIRTIO_MMIO_INTERRUPT_ACK)), NoDatamatch)?;
+        for (index, event) in (0u32..).zip(&self.notify) {
+            vm.register_ioevent(event, &Mmio(base.0 + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY)), index)?;
+        }
+        Ok(())
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// What happened so far.
+    pub fn stats(&self) -> DeviceStats {
+        DeviceStats {
+            notifications: self.notifications.load(Ordering::Relaxed),
+            interrupts: self.interrupts.load(Ordering::Relaxed),
+            guest_faults: self.guest_faults.load(Ordering::Relaxed),
+            streams: self.lock().device.open_streams(),
+        }
+    }
+
+    /// A vCPU reads `data.len()` bytes at `offset` of the register page.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(offset) = offset.checked_sub(VIRTIO_MMIO_CONFIG.into()) {
+            self.lock().device.read_config(offset, data);
+            return;
+        }
+        let Ok(word) = <&mut [u8; 4]>::try_from(data) else { return self.count_fault() };
+        let status = self.interrupt_status.load(Ordering::Acquire);
+        // Read at every interrupt: without the lock, which the device may hold for long.
+        let value = if offset == u64::from(VIRTIO_MMIO_INTERRUPT_STATUS) {
+            status
+        } else {
+            self.lock().registers.read(offset, status)
+        };
+        *word = value.to_le_bytes();
+    }
+
+    /// A vCPU writes `data` at `offset` of the register page.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        // No device has a configuration space that a driver could write.
+        let Ok(word) = <[u8; 4]>::try_from(data) else { return self.count_fault() };
+        let mut inner = self.lock();
+        match inner.registers.write(offset, u32::from_le_bytes(word)) {
+            Effect::None => {}
+            Effect::Refused => self.count_fault(),
+            Effect::Activate => signal(&self.wake),
+            Effect::Reset => {
+                if inner.queues.take().is_some() {
+                    inner.reset_due = true;
+                    signal(&self.wake);
+                }
+                self.interrupt_status.store(0, Ordering::Release);
+            }
+            // Comes here only if it was not written as one aligned word.
+            Effect::Notify(queue) => self.notify.get(usize::from(queue)).into_iter().for_each(signal),
+            Effect::Acknowledge(causes) => {
+                self.interrupt_status.fetch_and(!causes, Ordering::AcqRel);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count_fault(&self) {
+        self.guest_faults.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn send_interrupt(&self, cause: u32) {
+        self.interrupt_status.fetch_or(cause, Ordering::AcqRel);
+        self.interrupts.fetch_add(1, Ordering::Relaxed);
+        signal(&self.interrupt);
+    }
+
+    /// Brings the device to where the registers are: reset, then active.
+    fn settle(&self, inner: &mut Inner, poll: &mut dyn Poll) {
+        if std::mem::take(&mut inner.reset_due) {
+            inner.device.reset(poll);
+        }
+        if inner.registers.is_live() && inner.queues.is_none() {
+            match inner.registers.queues().iter().map(|queue| self.build_queue(inner, queue)).collect() {
+                Ok(queues) => inner.queues = Some(queues),
+                Err(error) => return self.fail(inner, poll, &error),
+            }
+            self.call(inner, poll, |device, context| {
+                device.activate(context)?;
+                // Notifications that came before DRIVER_OK were not for anybody.
+                (0..context.queues.len()).try_for_each(|queue| device.queue_ready(context, queue))
+            });
+        }
+    }
+
+    fn build_queue(&self, inner: &Inner, registers: &QueueRegisters) -> Result<VirtQueue, DeviceError> {
+        let mut virt_queue = VirtQueue::new(registers.max_size)?;
+        let queue = virt_queue.registers_mut();
+        let set = || -> Result<(), virtio_queue::Error> {
+            queue.try_set_size(u16::try_from(registers.size).map_err(|_| virtio_queue::Error::InvalidSize)?)?;
+            queue.try_set_desc_table_address(GuestAddress(registers.descriptors))?;
+            queue.try_set_avail_ring_address(GuestAddress(registers.available))?;
+            queue.try_set_used_ring_address(GuestAddress(registers.used))
+        };
+        let mut set = set;
+        set().map_err(QueueError::from)?;
+        queue.set_event_idx(inner.registers.accepted_features() & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        queue.set_ready(registers.ready);
+        if virt_queue.is_usable(&self.memory) {
+            Ok(virt_queue)
+        } else {
+            Err(DeviceError::Protocol("DRIVER_OK with a queue that is not ready or lies outside memory"))
+        }
+    }
+
+    /// One call of an active device, with everything that follows from it.
+    fn call(
+        &self,
+        inner: &mut Inner,
+        poll: &mut dyn Poll,
+        call: impl FnOnce(&mut dyn VirtioDevice, &mut Context) -> Result<(), DeviceError>,
+    ) {
+        let Some(queues) = inner.queues.as_deref_mut() else { return };
+        let mut guest_faults = 0;
+        let mut context = Context {
+            memory: &self.memory,
+            queues,
+            poll: &mut *poll,
+            features: inner.registers.accepted_features(),
+            guest_faults: &mut guest_faults,
+        };
+        let result = call(inner.device.as_mut(), &mut context).and_then(|()| self.interrupt_if_due(queues));
+        self.guest_faults.fetch_add(guest_faults, Ordering::Relaxed);
+        if let Err(error) = result {
+            self.fail(inner, poll, &error);
+        }
+    }
+
+    fn interrupt_if_due(&self, queues: &mut [VirtQueue]) -> Result<(), DeviceError> {
+        let mut due = false;
+        for (queue, notify) in queues.iter_mut().zip(&self.notify) {
+            due |= queue.take_signal(&self.memory)?;
+            if queue.take_call_again() {
+                signal(notify);
+            }
+        }
+        if due {
+            self.send_interrupt(VIRTIO_MMIO_INT_VRING);
+        }
+        Ok(())
+    }
+
+    fn fail(&self, inner: &mut Inner, poll: &mut dyn Poll, error: &DeviceError) {
+        let faults = self.guest_faults.fetch_add(1, Ordering::Relaxed);
+        if faults < MAX_LOGGED_FAULTS {
+            slog::warn!(self.log, "device stopped until its driver resets it"; "device" => self.name, "error" => %error);
+        }
+        inner.device.reset(poll);
+        inner.queues = None;
+        inner.registers.set_needs_reset();
+        self.send_interrupt(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn handle(&self, fd: RawFd, token: PollToken, events: EventSet, poll: &mut dyn Poll) {
+        let mut inner = self.lock();
+        self.settle(&mut inner, poll);
+        if fd == self.wake.as_raw_fd() {
+            let _ = self.wake.read();
+        } else if let Some((queue, event)) = self.notify.iter().enumerate().find(|(_, event)| event.as_raw_fd() == fd) {
+            // The counter says how often the driver notified since the last time.
+            self.notifications.fetch_add(event.read().unwrap_or(0), Ordering::Relaxed);
+            self.call(&mut inner, poll, |device, context| device.queue_ready(context, queue));
+        } else {
+            self.call(&mut inner, poll, |device, context| device.descriptor_ready(context, token, events));
+        }
+    }
+}
+
+/// Writing 1 to an eventfd fails only when its counter is full, and then it is ready anyway.
+fn signal(event: &EventFd) {
+    let _ = event.write(1);
+}
+
+/// A device on the event loop.
+pub struct DeviceEvents {
+    device: std::sync::Arc<MmioDevice>,
+    /// Watches that rest: taken out of epoll, because it reports hang-ups even to those who ask for nothing.
+    resting: BTreeSet<RawFd>,
+}
+
+impl DeviceEvents {
+    /// Ready to be added to an event manager.
+    pub fn new(device: std::sync::Arc<MmioDevice>) -> Self {
+        Self { device, resting: BTreeSet::new() }
+    }
+}
+
+impl MutEventSubscriber for DeviceEvents {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let mut watches = Watches { ops, resting: &mut self.resting };
+        self.device.handle(events.fd(), events.data(), events.event_set(), &mut watches);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        for event in self.device.notify.iter().chain([&self.device.wake]) {
+            if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
+                slog::error!(self.device.log, "cannot watch a queue"; "device" => self.device.name, "error" => %error);
+            }
+        }
+    }
+}
+
+struct Watches<'a, 'b> {
+    ops: &'a mut EventOps<'b>,
+    resting: &'a mut BTreeSet<RawFd>,
+}
+
+impl Poll for Watches<'_, '_> {
+    fn add(&mut self, fd: RawFd, token: PollToken, events: EventSet) -> io::Result<()> {
+        if events.is_empty() {
+            self.resting.insert(fd);
+            return Ok(());
+        }
+        self.ops.add(Events::with_data_raw(fd, token, events)).map_err(io::Error::other)
+    }
+
+    fn modify(&mut self, fd: RawFd, token: PollToken, events: EventSet) -> io::Result<()> {
+        if self.resting.remove(&fd) {
+            return self.add(fd, token, events);
+        }
+        if events.is_empty() {
+            self.remove(fd);
+            self.resting.insert(fd);
+            return Ok(());
+        }
+        self.ops.modify(Events::with_data_raw(fd, token, events)).map_err(io::Error::other)
+    }
+
+    fn remove(&mut self, fd: RawFd) {
+        if !self.resting.remove(&fd) {
+            let _ = self.ops.remove(Events::empty_raw(fd));
+        }
+    }
+}
