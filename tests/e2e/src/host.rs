@@ -226,6 +226,13 @@ impl Host {
         self.processes().into_iter().filter(is).collect()
     }
 
+    /// Forgives runc's shim the socket file that it leaves when it is killed: a known weakness, and no measure.
+    pub fn forgive_socket_of_runc(&self, id: &str) {
+        if self.runtime == Runtime::Runc {
+            let _ = fs::remove_file(leftovers::shim_socket(&self.containerd.socket(), &self.tag, id));
+        }
+    }
+
     /// What there is of pods now.
     pub fn leftovers(&self) -> Leftovers {
         let names = self.names.lock().expect("no holder panics").clone();

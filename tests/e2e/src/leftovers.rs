@@ -57,9 +57,14 @@ pub(crate) fn look(scope: &Scope) -> Leftovers {
     // containerd keeps the namespace's own directories, so the account begins below them.
     let tasks = |what: &str| scope.directory.join(what).join("io.containerd.runtime.v2.task").join(scope.tag);
     let runc = Path::new("/run/containerd/runc").join(scope.tag);
-    for (directory, depth) in [(tasks("state"), 2), (tasks("root"), 2), (scope.directory.join("caisson"), 4), (runc, 1)]
-    {
+    for (directory, depth) in [(tasks("state"), 2), (tasks("root"), 2), (runc, 1)] {
         things.extend(files(&directory, depth).iter().map(|path| format!("file {}", path.display())));
+    }
+    // Likewise directories in Caisson's state directory that pods share; what is in them is a pod's.
+    for entry in fs::read_dir(scope.directory.join("caisson")).into_iter().flatten().flatten() {
+        let shared = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let found = if shared { files(&entry.path(), 3) } else { vec![entry.path()] };
+        things.extend(found.iter().map(|path| format!("file {}", path.display())));
     }
     for id in scope.containers {
         let path = shim_socket(scope.socket, scope.tag, id);
@@ -71,7 +76,7 @@ pub(crate) fn look(scope: &Scope) -> Leftovers {
 }
 
 /// Where a shim that follows containerd's own convention has its socket.
-fn shim_socket(containerd: &Path, namespace: &str, id: &str) -> PathBuf {
+pub(crate) fn shim_socket(containerd: &Path, namespace: &str, id: &str) -> PathBuf {
     let digest = Sha256::digest(format!("{}/{namespace}/{id}", containerd.display()));
     let name: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     Path::new("/run/containerd/s").join(name)

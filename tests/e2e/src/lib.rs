@@ -22,6 +22,7 @@
 //! - `CAISSON_FULL=1`: every full size (see [`sizes`]).
 
 pub mod archive;
+pub mod bundle;
 pub mod containerd;
 pub mod disk;
 pub mod environment;

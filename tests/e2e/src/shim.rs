@@ -18,9 +18,19 @@ impl Shim {
         let file = bundle.join("address");
         let address =
             fs::read_to_string(&file).unwrap_or_else(|error| panic!("cannot read {}: {error}", file.display()));
-        let client = ttrpc::Client::connect(address.trim())
-            .unwrap_or_else(|error| panic!("cannot connect to {address}: {error}"));
+        Self::at(address.trim())
+    }
+
+    /// Connects to `address`, as `start` prints it.
+    pub fn at(address: &str) -> Self {
+        let client =
+            ttrpc::Client::connect(address).unwrap_or_else(|error| panic!("cannot connect to {address:?}: {error}"));
         Self { client }
+    }
+
+    /// Makes one call and takes any answer, or none.
+    pub fn tell(&self, method: &str, question: &impl Message) {
+        let _ = self.client.request(request(method, question));
     }
 
     /// Makes one call.
@@ -31,15 +41,19 @@ impl Shim {
     /// # Panics
     /// If the shim does not answer at all.
     pub fn call<A: Message>(&self, method: &str, question: &impl Message) -> Result<A, ttrpc::Status> {
-        let mut request = ttrpc::Request::new();
-        request.service = SERVICE.to_owned();
-        request.method = method.to_owned();
-        request.timeout_nano = Duration::from_secs(60).as_nanos() as i64;
-        request.payload = question.write_to_bytes().expect("the message is complete");
-        match self.client.request(request) {
+        match self.client.request(request(method, question)) {
             Ok(answer) => Ok(A::parse_from_bytes(&answer.payload).expect("the answer is of its type")),
             Err(ttrpc::Error::RpcStatus(status)) => Err(status),
             Err(error) => panic!("{method}: {error}"),
         }
     }
+}
+
+fn request(method: &str, question: &impl Message) -> ttrpc::Request {
+    let mut request = ttrpc::Request::new();
+    request.service = SERVICE.to_owned();
+    request.method = method.to_owned();
+    request.timeout_nano = Duration::from_secs(60).as_nanos() as i64;
+    request.payload = question.write_to_bytes().expect("the message is complete");
+    request
 }

@@ -37,6 +37,7 @@ fn reported_and_deletable(host: &Host, pod: Pod) {
         assert!(gone || what == "task" || deleted.code == Some(0), "{what}: {deleted:?}");
     }
     host.ctr_output(["snapshot", "--snapshotter", host.snapshotter(), "delete", &id]);
+    host.forgive_socket_of_runc(&id);
     host.expect_nothing_left();
     // And containerd still works.
     assert_eq!(host.container("after").run(&["echo", "next"]).succeeded(), "next\n");

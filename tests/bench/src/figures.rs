@@ -1,0 +1,87 @@
+//! Figures with a name, and the report that they make.
+
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use serde::{Deserialize, Serialize};
+
+/// One measured quantity.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// The middle one of the runs (the mean of the middle two of an even number).
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+    /// ms, MiB, or x for a ratio.
+    pub unit: String,
+    /// How often it was measured.
+    pub runs: usize,
+}
+
+impl Figure {
+    /// Of the measured values. None if there are none.
+    pub fn of(values: &[f64], unit: &str) -> Option<Self> {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let middle = sorted.len() / 2;
+        let upper = *sorted.get(middle)?;
+        let median = if sorted.len().is_multiple_of(2) { (sorted[middle - 1] + upper) / 2.0 } else { upper };
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let round = |value: f64| (value * 1000.0).round() / 1000.0;
+        let (median, min, max) = (round(median), round(min), round(max));
+        Some(Self { median, min, max, unit: unit.to_owned(), runs: sorted.len() })
+    }
+}
+
+/// Every figure by its name.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Report(pub BTreeMap<String, Figure>);
+
+impl Report {
+    /// Adds the figure of `values`, if there are any.
+    pub fn add(&mut self, name: &str, values: &[f64], unit: &str) {
+        if let Some(figure) = Figure::of(values, unit) {
+            self.0.insert(name.to_owned(), figure);
+        }
+    }
+
+    /// A figure's median.
+    pub fn median(&self, name: &str) -> Option<f64> {
+        self.0.get(name).map(|figure| figure.median)
+    }
+
+    /// For the terminal.
+    pub fn table(&self) -> String {
+        let mut text =
+            format!("{:<36} {:>10} {:>10} {:>10}  {:<4} {:>4}\n", "figure", "median", "min", "max", "unit", "runs");
+        for (name, Figure { median, min, max, unit, runs }) in &self.0 {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{name:<36} {median:>10.3} {min:>10.3} {max:>10.3}  {unit:<4} {runs:>4}");
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_one() {
+        let figure = Figure::of(&[9.0, 1.0, 2.0], "ms").unwrap();
+        assert_eq!((figure.median, figure.min, figure.max, figure.runs), (2.0, 1.0, 9.0, 3));
+        assert_eq!(Figure::of(&[4.0, 1.0, 2.0, 3.0], "ms").unwrap().median, 2.5);
+        assert_eq!(Figure::of(&[], "ms"), None);
+    }
+
+    #[test]
+    fn a_report_is_an_object_of_figures() {
+        let mut report = Report::default();
+        report.add("ctr_run_runc_ms", &[300.0], "ms");
+        report.add("nothing", &[], "ms");
+        let expected = r#"{"ctr_run_runc_ms":{"median":300.0,"min":300.0,"max":300.0,"unit":"ms","runs":1}}"#;
+        assert_eq!(serde_json::to_string(&report).unwrap(), expected);
+    }
+}
