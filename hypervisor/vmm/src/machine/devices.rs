@@ -9,11 +9,14 @@ use slog::Logger;
 use super::{MAX_DISKS, MAX_SHARES, MachineError};
 use crate::{
     descriptors::{Access, Descriptors},
-    virtio::{VirtioDevice, block::Block, fs::FsDevice, rng::Rng},
+    virtio::{VirtioDevice, block::Block, fs::FsDevice, rng::Rng, vsock::Vsock},
 };
 
 /// Bytes of a serial number.
 const MAX_SERIAL: usize = 20;
+
+/// Context ids that a guest may have: 0 to 2 mean others, the last one means any.
+const GUEST_CIDS: std::ops::Range<u64> = 3..u32::MAX as u64;
 
 /// Makes them.
 ///
@@ -30,6 +33,15 @@ pub fn build(
     different("shares", config.shares.iter().map(|share| &share.tag))?;
 
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng)];
+    if let Some(vsock) = &config.vsock {
+        if !GUEST_CIDS.contains(&vsock.guest_cid) {
+            return Err(MachineError::GuestCid(vsock.guest_cid));
+        }
+        let listener = fds.listener(vsock.listener, "vsock listener")?;
+        let guest_streams = fds.packet_socket(vsock.guest_streams, "vsock guest streams")?;
+        let device = Vsock::new(vsock.guest_cid, listener, guest_streams, log.clone());
+        devices.push(Box::new(device.map_err(|source| MachineError::System { what: "vsock", source })?));
+    }
     for (index, disk) in config.disks.iter().enumerate() {
         devices.push(Box::new(block(index, disk, fds)?));
     }
