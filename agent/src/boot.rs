@@ -1,0 +1,103 @@
+//! From the kernel's hand to a machine in which containers can live; PID 1 only. Nothing here that is not needed before the first
+//! call: the pod waits for it.
+//!
+//! - The root becomes a read-only mount of its own on top of the kernel's initial one. A container cannot `pivot_root` away from
+//!   the kernel's initial root; and read-only it keeps the agent's binary from being overwritten through a container's
+//!   /proc/<pid>/exe (CVE-2019-5736).
+//! - /proc, /sys, /dev, /run, cgroup v2, and the loopback interface, which the pod's containers share.
+//! - The agent itself is the last that the kernel kills when memory runs out.
+
+use std::{fs, io, os::fd::AsFd, path::Path};
+
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use rustix::{
+    fs::CWD,
+    mount::{
+        MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree,
+    },
+};
+
+use crate::sys;
+
+/// Where cgroup v2 is mounted.
+pub const CGROUP_MOUNT: &str = "/sys/fs/cgroup";
+
+/// A step of booting that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {error}")]
+pub struct BootError {
+    what: &'static str,
+    error: io::Error,
+}
+
+fn step<T, E: Into<io::Error>>(what: &'static str, result: Result<T, E>) -> Result<T, BootError> {
+    result.map_err(|error| BootError { what, error: error.into() })
+}
+
+/// Prepares the guest.
+///
+/// # Errors
+/// The first step that failed; the machine is of no use then.
+pub fn prepare() -> Result<(), BootError> {
+    let (nosuid, nodev, noexec) = (MountFlags::NOSUID, MountFlags::NODEV, MountFlags::NOEXEC);
+    for directory in ["/proc", "/sys", "/dev", "/run"] {
+        match fs::create_dir(directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return step("make a mount point", Err(error));
+            }
+            _ => {}
+        }
+    }
+    step("make the root a mount of its own", own_root())?;
+    let none = None::<&std::ffi::CStr>;
+    step("mount /proc", mount("proc", "/proc", "proc", nosuid | nodev | noexec, none))?;
+    step("mount /sys", mount("sysfs", "/sys", "sysfs", nosuid | nodev | noexec, none))?;
+    step("mount /dev", mount("devtmpfs", "/dev", "devtmpfs", nosuid | noexec, Some(c"mode=0755")))?;
+    step("mount /run", mount("tmpfs", "/run", "tmpfs", nosuid | nodev, Some(c"mode=0755")))?;
+    step("mount cgroup v2", mount("cgroup2", CGROUP_MOUNT, "cgroup2", nosuid | nodev | noexec, Some(c"nsdelegate")))?;
+    step("protect the agent from the OOM killer", fs::write("/proc/self/oom_score_adj", "-1000"))?;
+    step("bring the loopback interface up", loopback_up())
+}
+
+/// Puts a read-only copy of the root mount on top of it and makes that the root.
+fn own_root() -> io::Result<()> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let root = open_tree(CWD, "/", flags)?;
+    sys::mount_setattr(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, MountPropagationFlags::empty(), false)?;
+    move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    rustix::process::fchdir(&root)?;
+    Ok(rustix::process::chroot(".")?)
+}
+
+/// `ip link set lo up`: one netlink message, see rtnetlink(7). The kernel then gives it 127.0.0.1 and ::1.
+fn loopback_up() -> io::Result<()> {
+    const LENGTH: u32 = 32; // struct nlmsghdr (16) and struct ifinfomsg (16)
+    let (up, loopback) = (libc::IFF_UP as u32, 1i32); // lo is always interface 1
+    let mut message = Vec::with_capacity(LENGTH as usize);
+    message.extend(LENGTH.to_ne_bytes());
+    message.extend(libc::RTM_NEWLINK.to_ne_bytes());
+    message.extend(((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
+    message.extend([0; 8]); // sequence number, port
+    message.extend([0; 4]); // family, padding, type
+    message.extend(loopback.to_ne_bytes());
+    message.extend(up.to_ne_bytes()); // flags
+    message.extend(up.to_ne_bytes()); // which of them change
+
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+    send(fd, &message, MsgFlags::empty())?;
+    let mut answer = [0u8; 128];
+    let length = recv(fd, &mut answer, MsgFlags::empty())?;
+    // struct nlmsgerr follows the header: a negative errno, or 0.
+    let code = answer.get(16..20.min(length)).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
+    match code {
+        Some(0) => Ok(()),
+        Some(code) => Err(io::Error::from_raw_os_error(code.saturating_neg())),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// The kernel's log, in which the agent's own lines appear; None without /dev/kmsg.
+pub fn kernel_log() -> Option<fs::File> {
+    fs::OpenOptions::new().write(true).open(Path::new("/dev/kmsg")).ok()
+}

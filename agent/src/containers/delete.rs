@@ -1,0 +1,83 @@
+//! Delete, and what a failed Create leaves to be cleared.
+
+use std::time::Duration;
+
+use slog::{info, warn};
+
+use super::{Container, Containers, Error, error::Result, lock};
+use crate::{
+    lifecycle::{Exit, Phase},
+    sys,
+};
+
+/// How long a killed process may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long writing back may take.
+const SYNC_LIMIT: Duration = Duration::from_secs(60);
+
+impl Containers {
+    /// Forgets an ended process; for an init process the whole container.
+    ///
+    /// # Errors
+    /// If it still runs.
+    pub async fn delete(&self, id: &str, exec: &str) -> Result<(Exit, i32)> {
+        let container = self.container(id)?;
+        let process = self.process(id, exec)?;
+        if !exec.is_empty() {
+            Self::end_unstarted(&process);
+            let exit = process.stopped().map_err(|error| Error::State { who: exec.to_owned(), error })?;
+            lock(&container.execs).remove(exec);
+            return Ok((exit, process.pid().unwrap_or(0)));
+        }
+        // One that was created but never started is not running; as with runc it can go.
+        if process.phase() != Phase::Created {
+            process.stopped().map_err(|error| Error::State { who: id.to_owned(), error })?;
+        }
+        if !process.begin_delete() {
+            return Err(Error::Deleting(id.to_owned()));
+        }
+        let cleared = self.clear(&container).await;
+        let written = self.write_back().await;
+        lock(&self.map).remove(id);
+        for result in [&cleared, &written] {
+            if let Err(error) = result {
+                warn!(self.log, "a deleted container left something"; "container" => id, "error" => %error);
+            }
+        }
+        cleared.and(written)?;
+        info!(self.log, "container deleted"; "container" => id);
+        Ok((process.ended().await, process.pid().unwrap_or(0)))
+    }
+
+    /// Kills what is left of a container and removes its cgroup. Its mounts go with its last process.
+    pub(super) async fn clear(&self, container: &Container) -> Result<()> {
+        if let Ok(pid) = container.init.target() {
+            // It may have ended in this very moment.
+            let _ = sys::kill(pid, libc::SIGKILL);
+        }
+        let Some(cgroup) = lock(&container.cgroup).take() else { return Ok(()) };
+        cgroup.kill()?;
+        if container.init.pid().is_some() {
+            let late = |_| Error::TimedOut { what: "killing the container", seconds: KILL_LIMIT.as_secs() };
+            tokio::time::timeout(KILL_LIMIT, container.init.ended()).await.map_err(late)?;
+        }
+        Ok(cgroup.remove().await?)
+    }
+
+    /// Brings what the containers wrote to the host's file system.
+    async fn write_back(&self) -> Result<()> {
+        let share = self.share()?;
+        let failed = |error| Error::Io { what: "write the container's files back".into(), error };
+        let work = tokio::task::spawn_blocking(move || {
+            let directory = std::fs::File::open(share)?;
+            Ok(rustix::fs::syncfs(&directory)?)
+        });
+        match tokio::time::timeout(SYNC_LIMIT, work).await {
+            Ok(Ok(result)) => result.map_err(failed),
+            Ok(Err(join)) => Err(failed(std::io::Error::other(join))),
+            Err(_) => {
+                Err(Error::TimedOut { what: "writing the container's files back", seconds: SYNC_LIMIT.as_secs() })
+            }
+        }
+    }
+}

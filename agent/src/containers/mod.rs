@@ -1,0 +1,279 @@
+//! Containers and their processes, and what each call does to them.
+//!
+//! One map of containers, each with its init process and its execs; beside it a map from pids to processes, which
+//! the reaper reads. Both change only between two awaits. What a call must do across awaits it does on an [`Arc`] that it
+//! holds; the process's [`Lifecycle`] says whether another call came first.
+
+mod create;
+mod delete;
+mod error;
+mod exec;
+mod process;
+
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use caisson_protos::{
+    agent::{KillRequest, ProcessInfo, ResizePtyRequest, Stdio},
+    guest::SHARE_TAG,
+};
+pub use error::Error;
+use error::Result;
+use process::Process;
+use slog::{Logger, info};
+
+use crate::{
+    cgroup::{Cgroup, Cgroups},
+    launch::Launcher,
+    lifecycle::{Exit, StateError},
+    spec::process::Inherited,
+    stdio::HostStreams,
+    streams::Streams,
+    sys,
+};
+
+/// The pod's shared directory, below which root file systems lie.
+#[derive(Clone, Debug)]
+pub enum Share {
+    /// A directory that is simply there (tests).
+    Directory(PathBuf),
+    /// The virtio-fs mount at this path, made when it is first needed: the file server may start after the guest.
+    VirtioFs(PathBuf),
+}
+
+impl Share {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Directory(path) | Self::VirtioFs(path) => path,
+        }
+    }
+}
+
+/// One container.
+struct Container {
+    id: String,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+    cgroup: Mutex<Option<Cgroup>>,
+    inherited: Inherited,
+}
+
+impl Container {
+    fn cgroup(&self) -> Result<Cgroup> {
+        let cgroup = lock(&self.cgroup).clone();
+        cgroup.ok_or_else(|| Error::State { who: self.id.clone(), error: self.init.wrong_state("running") })
+    }
+}
+
+/// Every container of the pod.
+pub struct Containers {
+    share: Mutex<(Share, bool)>,
+    cgroups: Cgroups,
+    launcher: Launcher,
+    streams: Streams,
+    map: Mutex<HashMap<String, Arc<Container>>>,
+    /// Processes that have not been reaped.
+    by_pid: Mutex<HashMap<i32, Arc<Process>>>,
+    log: Logger,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics while it holds one of these locks; and a poisoned map must not take the whole pod down.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Containers {
+    /// Begins without any.
+    pub fn new(share: Share, cgroups: Cgroups, launcher: Launcher, streams: Streams, log: Logger) -> Arc<Self> {
+        Arc::new(Self {
+            share: Mutex::new((share, false)),
+            cgroups,
+            launcher,
+            streams,
+            map: Mutex::default(),
+            by_pid: Mutex::default(),
+            log,
+        })
+    }
+
+    /// A child has ended. Called by the reaper for every one.
+    pub fn reaped(&self, pid: i32, exit: Exit) {
+        // Taken while a process is started, so that one that ends at once is found here.
+        match lock(&self.by_pid).remove(&pid) {
+            Some(process) => process.exited(exit),
+            None => info!(self.log, "reaped an orphan"; "pid" => pid, "status" => exit.status),
+        }
+    }
+
+    /// Waits for a process's end.
+    ///
+    /// # Errors
+    /// If it is unknown.
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<(Exit, i32)> {
+        let process = self.process(container, exec)?;
+        let exit = process.ended().await;
+        Ok((exit, process.pid().unwrap_or(0)))
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// NOT_FOUND also for what has ended.
+    pub fn kill(&self, request: &KillRequest) -> Result<()> {
+        let number = i32::try_from(request.signal).ok().filter(|number| (1..=64).contains(number));
+        let number = number.ok_or(Error::Signal(request.signal))?;
+        let container = self.container(&request.container_id)?;
+        let in_state = |error| Error::State { who: request.container_id.clone(), error };
+        if !request.all {
+            let process = self.process(&request.container_id, &request.exec_id)?;
+            let pid = process.target().map_err(in_state)?;
+            return sys::kill(pid, number).map_err(|error| match error.raw_os_error() {
+                Some(libc::ESRCH) => in_state(StateError::Finished),
+                _ => Error::Io { what: format!("send signal {number} to process {pid}"), error },
+            });
+        }
+        container.init.target().map_err(in_state)?;
+        let cgroup = container.cgroup()?;
+        if number == libc::SIGKILL {
+            return Ok(cgroup.kill()?);
+        }
+        for pid in cgroup.pids()? {
+            // One that has just ended needs no signal.
+            let _ = sys::kill(pid, number);
+        }
+        Ok(())
+    }
+
+    /// Sets a terminal's size.
+    ///
+    /// # Errors
+    /// If the process has no terminal.
+    pub fn resize(&self, request: &ResizePtyRequest) -> Result<()> {
+        let process = self.process(&request.container_id, &request.exec_id)?;
+        let cells = |field: &'static str, value: u32| u16::try_from(value).map_err(|_| Error::Cells { field, value });
+        let (width, height) = (cells("width", request.width)?, cells("height", request.height)?);
+        match process.resize(width, height) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::NoTerminal(request.container_id.clone())),
+            Err(error) => Err(Error::Io { what: format!("set the terminal's size to {width}x{height}"), error }),
+        }
+    }
+
+    /// Ends a process's input.
+    ///
+    /// # Errors
+    /// If it is unknown.
+    pub fn close_stdin(&self, container: &str, exec: &str) -> Result<()> {
+        self.process(container, exec)?.close_stdin();
+        Ok(())
+    }
+
+    /// Lists a container's processes.
+    ///
+    /// # Errors
+    /// If the container is unknown or being created.
+    pub fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>> {
+        let container = self.container(id)?;
+        let execs: HashMap<i32, String> = lock(&container.execs)
+            .iter()
+            .filter_map(|(id, process)| process.target().ok().map(|pid| (pid, id.clone())))
+            .collect();
+        let info = |pid: i32| {
+            let exec_id = execs.get(&pid).cloned().unwrap_or_default();
+            u32::try_from(pid).ok().map(|pid| ProcessInfo { pid, exec_id, ..Default::default() })
+        };
+        Ok(container.cgroup()?.pids()?.into_iter().filter_map(info).collect())
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        lock(&self.map).get(id).cloned().ok_or_else(|| Error::NoContainer(id.to_owned()))
+    }
+
+    fn process(&self, id: &str, exec: &str) -> Result<Arc<Process>> {
+        let container = self.container(id)?;
+        if exec.is_empty() {
+            return Ok(container.init.clone());
+        }
+        let process = lock(&container.execs).get(exec).cloned();
+        process.ok_or_else(|| Error::NoExec { container: id.to_owned(), exec: exec.to_owned() })
+    }
+
+    /// The shared directory, mounted.
+    fn share(&self) -> Result<PathBuf> {
+        let mut guard = lock(&self.share);
+        let (share, mounted) = &mut *guard;
+        if let Share::VirtioFs(path) = &*share
+            && !*mounted
+        {
+            let mount = || {
+                std::fs::create_dir_all(path)?;
+                let nothing = None::<&std::ffi::CStr>;
+                // Returns before the file server answers: the kernel opens the FUSE session in the background.
+                rustix::mount::mount(SHARE_TAG, path, "virtiofs", rustix::mount::MountFlags::empty(), nothing)?;
+                Ok(())
+            };
+            mount().map_err(|error| Error::Io {
+                what: format!("mount the shared directory {SHARE_TAG} on {}", path.display()),
+                error,
+            })?;
+            *mounted = true;
+        }
+        Ok(share.path().to_owned())
+    }
+
+    /// Waits for the streams that a call named.
+    async fn host_streams(&self, stdio: &Stdio) -> Result<HostStreams> {
+        if stdio.terminal && stdio.stderr_port != 0 {
+            return Err(Error::StderrWithTerminal(stdio.stderr_port));
+        }
+        let both_ways = stdio.terminal && stdio.stdin_port != 0 && stdio.stdin_port == stdio.stdout_port;
+        let stdin_port = if both_ways { 0 } else { stdio.stdin_port };
+        Ok(HostStreams {
+            stdin: self.streams.claim("stdin", stdin_port).await?,
+            stdout: self.streams.claim("stdout", stdio.stdout_port).await?,
+            stderr: self.streams.claim("stderr", stdio.stderr_port).await?,
+            both_ways,
+        })
+    }
+
+    fn note(&self, id: &str, notes: &[String]) {
+        for note in notes {
+            info!(self.log, "{}", note; "container" => id);
+        }
+    }
+}
+
+/// Checks a name as containerd does.
+fn check_name(field: &'static str, name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if name.len() <= 76 && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(good) {
+        Ok(())
+    } else {
+        Err(Error::Name { field, name: name.to_owned() })
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        Self::Io { what: "talk to the stage".into(), error }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_as_containerd_has_them() {
+        for good in ["a", "A.b_c-9", &"x".repeat(76)] {
+            assert!(check_name("id", good).is_ok(), "{good}");
+        }
+        for bad in ["", ".a", "-a", "a/b", "a b", "..", "ä", &"x".repeat(77)] {
+            assert!(check_name("id", bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! `caisson-agent`: PID 1 of the guest. The same binary, re-executed with one argument, is the stage that becomes a
+//! container's process.
+
+use std::{convert::Infallible, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use caisson_agent::{
+    boot,
+    cgroup::Cgroups,
+    containers::{Containers, Share},
+    launch::Launcher,
+    power,
+    reaper::Reaper,
+    service, stage,
+    streams::Streams,
+    transport::{HostOnly, connect_host},
+};
+use caisson_protos::guest::{AGENT_PORT, READY_PORT, Ready, SHARE_MOUNT, STDIO_PORT};
+use slog::{Level, Logger, error, info};
+use tokio::io::AsyncWriteExt;
+
+fn main() -> ExitCode {
+    let started_ns = boottime_ns();
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == stage::ARGUMENT) {
+        return stage::main();
+    }
+    if std::process::id() != 1 {
+        eprintln!("caisson-agent: it runs as PID 1 of a Caisson guest and has nothing to do elsewhere");
+        return ExitCode::from(2);
+    }
+    let booted = boot::prepare();
+    let log = match boot::kernel_log() {
+        Some(kmsg) => caisson_log::logger("agent", kmsg, Level::Info),
+        None => caisson_log::logger("agent", std::io::stderr(), Level::Info),
+    };
+    caisson_log::bridge(log.clone());
+    let result = booted.context("prepare the guest").and_then(|()| run(started_ns, &log));
+    let Err(error) = result;
+    error!(log, "the agent cannot go on, powering off"; "error" => format!("{error:#}"));
+    end(&log);
+    ExitCode::FAILURE
+}
+
+fn run(started_ns: u64, log: &Logger) -> anyhow::Result<Infallible> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(async {
+        let calls = HostOnly::listen(AGENT_PORT).with_context(|| format!("listen on vsock port {AGENT_PORT}"))?;
+        let stdio = HostOnly::listen(STDIO_PORT).with_context(|| format!("listen on vsock port {STDIO_PORT}"))?;
+        let reaper = Reaper::new().context("handle SIGCHLD")?;
+        let cgroups = Cgroups::prepare(boot::CGROUP_MOUNT.as_ref())?;
+        let launcher = Launcher::new(PathBuf::from("/proc/self/exe")).context("open the agent's pid namespace")?;
+        let streams = Streams::default();
+        let share = Share::VirtioFs(SHARE_MOUNT.into());
+        let containers = Containers::new(share, cgroups, launcher, streams.clone(), log.clone());
+        let power_log = log.clone();
+        let power_off = Box::new(move || end(&power_log));
+        let _server = service::serve(calls, stdio, streams, containers.clone(), power_off, log.clone()).await?;
+        tokio::spawn(announce(started_ns, log.clone()));
+        reaper.run(containers).await;
+        anyhow::bail!("the runtime tells of no more children")
+    })
+}
+
+/// Says that everything listens. Without a host that hears it the agent serves all the same.
+async fn announce(started_ns: u64, log: Logger) {
+    let kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let said = async {
+        let mut stream = connect_host(READY_PORT).await?;
+        let ready = Ready { kernel_release, agent_started_ns: started_ns, ready_ns: boottime_ns() };
+        stream.write_all(&postcard::to_stdvec(&ready).map_err(std::io::Error::other)?).await?;
+        AsyncWriteExt::shutdown(&mut stream).await
+    };
+    match said.await {
+        Ok(()) => info!(log, "ready"),
+        Err(error) => {
+            error!(log, "cannot tell the host that the agent is ready"; "port" => READY_PORT, "error" => %error)
+        }
+    }
+}
+
+fn boottime_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec).unwrap_or(0), u64::try_from(now.tv_nsec).unwrap_or(0));
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
+}
+
+/// Ends the machine, by whatever means there are.
+fn end(log: &Logger) {
+    let Err(error) = power::off();
+    error!(log, "cannot power off through the monitor's port, trying the kernel"; "error" => %error);
+    if let Err(error) = rustix::system::reboot(rustix::system::RebootCommand::PowerOff) {
+        error!(log, "cannot power off"; "error" => %error);
+    }
+}

@@ -1,0 +1,125 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn minimal() -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/"},
+        "root": {"path": "rootfs"},
+        "linux": {"namespaces": [
+            {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}, {"type": "cgroup"},
+        ]},
+    })
+}
+
+fn with(pointer: &str, value: Value) -> Result<Accepted> {
+    let mut spec = minimal();
+    let (parent, name) = pointer.rsplit_once('/').unwrap();
+    spec.pointer_mut(parent).unwrap()[name] = value;
+    container(spec.to_string().as_bytes(), false)
+}
+
+#[test]
+fn a_minimal_specification_is_accepted_without_notes() {
+    let accepted = container(minimal().to_string().as_bytes(), false).unwrap();
+    assert_eq!(accepted.process.args, ["/bin/true"]);
+    assert_eq!(accepted.process.user.umask, 0o022);
+    assert_eq!(accepted.notes, [""; 0]);
+}
+
+#[test]
+fn what_containerd_always_says_is_accepted_and_noted() {
+    let mut spec = minimal();
+    spec["process"]["apparmorProfile"] = json!("cri-containerd.apparmor.d");
+    spec["linux"]["cgroupsPath"] = json!("/default/x");
+    spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}]});
+    let notes = container(spec.to_string().as_bytes(), false).unwrap().notes;
+    assert_eq!(notes.len(), 2, "{notes:?}");
+    assert!(notes[0].contains("apparmorProfile") && notes[1].contains("devices"), "{notes:?}");
+}
+
+#[test]
+fn each_field_that_cannot_be_honoured_is_refused_by_its_name() {
+    let hook = json!([{"path": "/bin/true"}]);
+    let mapping = json!([{"containerID": 0, "hostID": 1, "size": 1}]);
+    let mount = |extra: Value| {
+        let mut mount = json!({"destination": "/x", "type": "tmpfs", "source": "tmpfs"});
+        mount.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        json!([mount])
+    };
+    let cases = [
+        ("/hooks", json!({"prestart": hook}), "hooks"),
+        ("/process/args", json!([]), "process.args"),
+        ("/process/args", json!(["a\0b"]), "process.args"),
+        ("/process/cwd", json!("tmp"), "process.cwd"),
+        ("/process/env", json!(["A=\0"]), "process.env"),
+        ("/process/oomScoreAdj", json!(1001), "process.oomScoreAdj"),
+        ("/process/scheduler", json!({"policy": "SCHED_FIFO"}), "process.scheduler"),
+        ("/process/ioPriority", json!({"class": "IOPRIO_CLASS_IDLE", "priority": 0}), "process.ioPriority"),
+        ("/process/rlimits", json!([{"type": "RLIMIT_CORE", "soft": 2, "hard": 1}]), "process.rlimits"),
+        ("/process/consoleSize", json!({"width": 65536, "height": 1}), "process.consoleSize"),
+        ("/process/user", json!({"uid": u32::MAX, "gid": 0}), "process.user.uid"),
+        ("/process/user", json!({"uid": 0, "gid": 0, "umask": 0o1000}), "process.user.umask"),
+        ("/hostname", json!("x".repeat(65)), "hostname"),
+        ("/mounts", mount(json!({"type": "bind", "source": "/etc"})), "mounts[0] (/x)"),
+        ("/mounts", mount(json!({"options": ["rbind"], "source": "/etc"})), "mounts[0] (/x)"),
+        ("/mounts", mount(json!({"type": "ext4"})), "mounts[0] (/x).type"),
+        ("/mounts", mount(json!({"destination": "x"})), "mounts[0] (x).destination"),
+        ("/mounts", mount(json!({"destination": "/"})), "mounts[0] (/).destination"),
+        ("/linux/uidMappings", mapping, "linux.uidMappings"),
+        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"}), "linux.seccomp"),
+        ("/linux/rootfsPropagation", json!("rshared"), "linux.rootfsPropagation"),
+        ("/linux/maskedPaths", json!(["proc"]), "linux.maskedPaths"),
+        ("/linux/sysctl", json!({"kernel.core_pattern": "|/x"}), "linux.sysctl[\"kernel.core_pattern\"]"),
+        ("/linux/sysctl", json!({"net/../kernel/core_pattern": "|/x"}), "linux.sysctl[\"net/../kernel/core_pattern\"]"),
+        (
+            "/linux/devices",
+            json!([{"path": "/dev/x", "type": "c", "major": -1, "minor": 0}]),
+            "linux.devices[0] (/dev/x).major",
+        ),
+        (
+            "/linux/resources",
+            json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 1}]}),
+            "linux.resources.hugepageLimits",
+        ),
+        ("/linux/resources", json!({"unified": {"memory.high": "1"}}), "linux.resources.unified"),
+        ("/linux/resources", json!({"blockIO": {"weight": 10}}), "linux.resources.blockIO"),
+        ("/linux/namespaces", json!([{"type": "user"}]), "linux.namespaces"),
+        ("/linux/namespaces", json!([{"type": "pid", "path": "/proc/1/ns/pid"}]), "linux.namespaces"),
+        (
+            "/linux/namespaces",
+            json!([{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]),
+            "linux.namespaces",
+        ),
+    ];
+    for (pointer, value, field) in cases {
+        match with(pointer, value.clone()) {
+            Ok(_) => panic!("{pointer} = {value} was accepted"),
+            Err(error) => assert_eq!(error.field, field, "{pointer} = {value}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn a_document_that_is_no_specification_is_refused() {
+    for json in ["", "{", "[]", "{\"process\": 1}", "{}"] {
+        assert!(container(json.as_bytes(), false).is_err(), "{json}");
+    }
+    let large = format!("{{\"hostname\": \"{}\"}}", " ".repeat(MAX_SPEC));
+    assert!(container(large.as_bytes(), false).unwrap_err().problem.contains("at most"));
+}
+
+#[test]
+fn sysctl_keys_become_paths() {
+    let accepted = with("/linux/sysctl", json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "4096"})).unwrap();
+    let expected = [("kernel/shmmax", "4096"), ("net/ipv4/ip_forward", "1")];
+    assert_eq!(accepted.view.sysctl, expected.map(|(path, value)| (PathBuf::from(path), value.to_owned())));
+}
+
+proptest::proptest! {
+    #[test]
+    fn arbitrary_bytes_never_panic(json in proptest::collection::vec(proptest::num::u8::ANY, 0..256)) {
+        let _ = container(&json, true);
+    }
+}

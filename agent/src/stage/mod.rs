@@ -1,0 +1,156 @@
+//! The init stage: a fresh copy of the agent that turns itself into a container's process.
+//!
+//! The agent re-executes its own binary instead of forking, because code after a fork in a threaded process may meet
+//! a lock that nobody will ever release. The stage is already in the right pid namespace when it begins; the
+//! rest it does to itself:
+//!
+//! ```text
+//! Init                                             Exec
+//!  unreachable: not dumpable                        the same
+//!  receive the plan                                 the same
+//!  join the cgroup                                  the same
+//!  new mount, ipc, uts, cgroup namespaces           the container's namespaces, through its init's pidfd
+//!  root, mounts, devices, masks    (rootfs.rs)
+//!  terminal or pipes               (stdio.rs)       the same
+//!  limits, groups, user, capabilities (identity.rs) the same
+//!  say Ready, wait for go                           the same
+//!  enter the program               (program.rs)     the same
+//! ```
+//!
+//! A container must not reach the agent's binary through the stage and overwrite it (CVE-2019-5736), nor keep one of
+//! its descriptors. While a stage lives beside a container's processes it is not dumpable, so its /proc/<pid>/exe and
+//! fd are closed to them. Once a program has obtained the binary by naming /proc/self/exe as
+//! its own path, it finds it on a read-only mount that is in no namespace of its own ([`crate::boot`]), and the kernel refuses to write
+//! to a file that PID 1 executes anyhow. All descriptors are close-on-exec.
+
+mod devices;
+mod identity;
+pub mod inroot;
+mod mounts;
+mod program;
+mod rootfs;
+mod stdio;
+
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    path::Path,
+    process::ExitCode,
+};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior, setsid};
+
+use crate::{
+    handshake::{Reply, StageEnd},
+    plan::{ExecPlan, Failure, FailureKind, InitPlan, Plan, ProcessPlan, Trying},
+    sys,
+};
+
+/// The argument that makes the agent's binary a stage.
+pub const ARGUMENT: &str = "stage";
+
+/// How a stage ends when it cannot go on, as a shell would say: no such program.
+const EXIT_NOT_FOUND: u8 = 127;
+/// The same: anything else.
+const EXIT_FAILED: u8 = 126;
+
+/// Runs a stage to its end; it returns only if it failed. Descriptor 0 is the socket to the agent.
+pub fn main() -> ExitCode {
+    // SAFETY: the agent starts a stage with its socket as descriptor 0, and nothing has used that yet.
+    let socket = unsafe { OwnedFd::from_raw_fd(0) };
+    let prepared = set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .trying(|| "make the stage unreachable".into())
+        // Descriptor 0 is needed for the program; the duplicate is close-on-exec and above 2.
+        .and_then(|()| rustix::io::fcntl_dupfd_cloexec(&socket, 3).trying(|| "keep the socket to the agent".into()));
+    // Dropping the original would let the next open take descriptor 0; it is replaced when the program's own is known.
+    std::mem::forget(socket);
+    let Ok(socket) = prepared else { return ExitCode::from(EXIT_FAILED) };
+    let mut agent = StageEnd::new(socket.into());
+
+    let failure = match stage(&mut agent) {
+        Ok(never) => match never {},
+        Err(failure) => failure,
+    };
+    let code = if failure.kind == FailureKind::NotFound { EXIT_NOT_FOUND } else { EXIT_FAILED };
+    // If the agent is gone there is nobody left to tell.
+    let _ = agent.send(&Reply::Failed(failure), None);
+    ExitCode::from(code)
+}
+
+fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
+    let (plan, fds) = agent.receive_plan().trying(|| "receive the plan".into())?;
+    let mut fds = fds.into_iter();
+    let (process, console) = match &plan {
+        Plan::Init(plan) => {
+            let root = become_init(plan)?;
+            (&plan.process, Some(root))
+        }
+        Plan::Exec(plan) => {
+            let init =
+                fds.next().ok_or_else(|| Failure::new(FailureKind::Internal, "the plan came without a pidfd"))?;
+            join(plan, init)?;
+            (&plan.process, None)
+        }
+    };
+    let root = match console {
+        Some(root) => root,
+        None => inroot::Root::new(
+            rustix::fs::open("/", rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
+                .trying(|| "open the container's root".into())?,
+        ),
+    };
+    let is_init = matches!(plan, Plan::Init(_));
+    setsid().trying(|| "begin a session".into())?;
+    sys::new_session_keyring().trying(|| "begin a session keyring".into())?;
+    let terminal = stdio::attach(process, &root, is_init, fds.collect())?;
+    let env = program::environment(process, &root);
+    identity::assume(process, &root)?;
+    drop(root);
+    agent.send(&Reply::Ready, terminal.as_ref().map(AsFd::as_fd)).trying(|| "tell the agent".into())?;
+    drop(terminal);
+    agent.receive_go().trying(|| "wait for the agent".into())?;
+    enter(process, &env)
+}
+
+fn become_init(plan: &InitPlan) -> Result<inroot::Root, Failure> {
+    join_cgroup(&plan.cgroup)?;
+    set_oom_score(plan.process.oom_score_adj)?;
+    unshare(
+        CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP,
+    )
+    .trying(|| "create the container's namespaces".into())?;
+    rootfs::prepare(plan)
+}
+
+fn join(plan: &ExecPlan, init: OwnedFd) -> Result<(), Failure> {
+    join_cgroup(&plan.cgroup)?;
+    set_oom_score(plan.process.oom_score_adj)?;
+    let all =
+        CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
+    setns(init, all).trying(|| "join the container's namespaces".into())
+}
+
+fn join_cgroup(cgroup: &Path) -> Result<(), Failure> {
+    // 0 means the process that writes.
+    fs::write(cgroup.join("cgroup.procs"), "0").trying(|| format!("join the cgroup {}", cgroup.display()))
+}
+
+fn set_oom_score(score: i32) -> Result<(), Failure> {
+    fs::write("/proc/self/oom_score_adj", score.to_string()).trying(|| format!("set oom_score_adj to {score}"))
+}
+
+fn enter(process: &ProcessPlan, env: &[std::ffi::CString]) -> Result<std::convert::Infallible, Failure> {
+    sys::default_signals();
+    sys::close_all_on_exec().trying(|| "close the agent's descriptors".into())?;
+    program::exec(process, env)
+}
+
+/// Puts `fd` in place of a standard descriptor; the copy survives exec.
+fn replace(fd: &OwnedFd, standard: i32) -> Result<(), Failure> {
+    // SAFETY: it borrows a standard descriptor only for the call that replaces it; the forget below keeps it open.
+    let mut target = unsafe { OwnedFd::from_raw_fd(standard) };
+    let result = rustix::io::dup2(fd, &mut target);
+    std::mem::forget(target);
+    result.trying(|| format!("make descriptor {} the standard descriptor {standard}", fd.as_raw_fd()))
+}

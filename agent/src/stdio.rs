@@ -1,0 +1,245 @@
+//! The standard streams of one process: pipes or a terminal on the process's side, vsock streams on the host's, and the
+//! copying between them.
+//!
+//! ```text
+//!   host stream ──► stdin pipe ──► process ──► stdout pipe ──► host stream
+//!   end of stream    ▼ closed                    end of pipe    ▼ half-closed after the last byte
+//! ```
+//!
+//! Each direction is a task of its own with one buffer: it reads only when what it read before is written, so a
+//! reader that stalls makes its writer wait, as on a pipe, and nobody else. The tasks end with their streams, not with the
+//! process: a child that keeps stdout open keeps exactly that stream.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use nix::{fcntl, unistd};
+use rustix::termios::{Winsize, tcsetwinsize};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, unix::AsyncFd},
+    sync::watch,
+};
+
+use crate::{plan::UserPlan, transport::ByteStream};
+
+/// As much as a pipe holds.
+const BUFFER: usize = 64 * 1024;
+/// After CloseStdin, input that is already on its way is taken until it has been silent this long.
+const CLOSING_SILENCE: Duration = Duration::from_millis(100);
+/// How long the host has to close its side after the last byte of output.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// The streams that a process's Create or Exec named.
+#[derive(Default)]
+pub struct HostStreams {
+    /// To the process. With a terminal it may be the same stream as `stdout`, and is None then.
+    pub stdin: Option<Box<dyn ByteStream>>,
+    /// From the process; with a terminal both ways if `both_ways`.
+    pub stdout: Option<Box<dyn ByteStream>>,
+    /// From the process.
+    pub stderr: Option<Box<dyn ByteStream>>,
+    /// The terminal's one stream carries the input as well.
+    pub both_ways: bool,
+}
+
+/// The agent's hold on a process's streams.
+#[derive(Debug)]
+pub struct Handle {
+    close_stdin: watch::Sender<bool>,
+    terminal: Option<std::sync::Arc<AsyncFd<OwnedFd>>>,
+}
+
+impl Handle {
+    /// Ends the process's input after what has already come.
+    pub fn close_stdin(&self) {
+        self.close_stdin.send_replace(true);
+    }
+
+    /// Sets the terminal's size. False if there is none.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn resize(&self, width: u16, height: u16) -> io::Result<bool> {
+        let Some(terminal) = &self.terminal else { return Ok(false) };
+        tcsetwinsize(terminal.get_ref(), Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 })?;
+        Ok(true)
+    }
+}
+
+/// Makes the pipes of a process without a terminal and starts copying. Returns the process's descriptors 0, 1 and 2.
+///
+/// The pipes belong to the process's user, so that it may open /dev/stdout anew.
+///
+/// # Errors
+/// If the kernel refuses a pipe.
+pub fn pipes(streams: HostStreams, user: &UserPlan) -> io::Result<([OwnedFd; 3], Handle)> {
+    let (close_stdin, closing) = watch::channel(false);
+    let stdin = match streams.stdin {
+        None => null()?,
+        Some(stream) => {
+            let (theirs, ours) = pipe(user)?;
+            tokio::spawn(copy_input(stream, Descriptor::new(ours)?, closing));
+            theirs
+        }
+    };
+    let output = |stream: Option<Box<dyn ByteStream>>| match stream {
+        None => null(),
+        Some(stream) => {
+            let (ours, theirs) = pipe(user)?;
+            tokio::spawn(output_and_linger(Descriptor::new(ours)?, stream));
+            Ok::<_, io::Error>(theirs)
+        }
+    };
+    let stdout = output(streams.stdout)?;
+    let stderr = output(streams.stderr)?;
+    Ok(([stdin, stdout, stderr], Handle { close_stdin, terminal: None }))
+}
+
+/// Starts copying between a terminal's master side and its streams.
+///
+/// # Errors
+/// If the terminal cannot be registered with the runtime.
+pub fn terminal(streams: HostStreams, master: OwnedFd) -> io::Result<Handle> {
+    let (close_stdin, closing) = watch::channel(false);
+    let master = Descriptor::new(master)?;
+    let (mut stdin, mut stdout) = (streams.stdin, streams.stdout);
+    let handle = Handle { close_stdin, terminal: Some(master.0.clone()) };
+    if streams.both_ways
+        && let Some(stream) = stdout.take()
+    {
+        let (read, write) = tokio::io::split(stream);
+        tokio::spawn(copy_input(read, master.clone(), closing));
+        tokio::spawn(copy_output(master, write));
+        return Ok(handle);
+    }
+    if let Some(stream) = stdin.take() {
+        tokio::spawn(copy_input(stream, master.clone(), closing));
+    }
+    match stdout {
+        Some(stream) => drop(tokio::spawn(output_and_linger(master, stream))),
+        // Nobody reads, but the terminal must not fill up and stop the process.
+        None => drop(tokio::spawn(copy_output(master, tokio::io::sink()))),
+    }
+    Ok(handle)
+}
+
+/// A pipe that belongs to the user: read end, write end.
+fn pipe(user: &UserPlan) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = unistd::pipe2(fcntl::OFlag::O_CLOEXEC)?;
+    // Both ends are one inode.
+    unistd::fchown(&read, Some(user.uid.into()), Some(user.gid.into()))?;
+    Ok((read, write))
+}
+
+fn null() -> io::Result<OwnedFd> {
+    Ok(std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?.into())
+}
+
+async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: Descriptor, mut closing: watch::Receiver<bool>) {
+    let mut buffer = vec![0; BUFFER];
+    let mut silence = None;
+    loop {
+        let read = match silence {
+            None => tokio::select! {
+                read = from.read(&mut buffer) => read,
+                closed = closing.wait_for(|close| *close) => {
+                    // An error means that the process is forgotten.
+                    if closed.is_err() {
+                        return;
+                    }
+                    silence = Some(CLOSING_SILENCE);
+                    continue;
+                }
+            },
+            Some(limit) => match tokio::time::timeout(limit, from.read(&mut buffer)).await {
+                Ok(read) => read,
+                Err(_) => return,
+            },
+        };
+        // Dropping the pipe's end at a return is the process's end of input.
+        match read.ok().and_then(|length| buffer.get(..length)) {
+            None | Some([]) => return,
+            Some(bytes) if to.write_all(bytes).await.is_err() => return,
+            Some(_) => {}
+        }
+    }
+}
+
+/// Copies, and then keeps the stream until the host has closed its side too, so that nothing still on its way is cut off.
+async fn output_and_linger(from: Descriptor, mut stream: Box<dyn ByteStream>) {
+    copy_output(from, &mut stream).await;
+    let ended = async { while stream.read(&mut [0; 64]).await.is_ok_and(|length| length > 0) {} };
+    // A host that never closes loses nothing by our closing.
+    let _ = tokio::time::timeout(LINGER, ended).await;
+}
+
+async fn copy_output(mut from: Descriptor, mut to: impl AsyncWrite + Unpin) {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        // A terminal whose last user has gone answers EIO.
+        match from.read(&mut buffer).await.ok().and_then(|length| buffer.get(..length)) {
+            None | Some([]) => break,
+            // The host has gone: closing our end tells the writer so, as on any pipe.
+            Some(bytes) if to.write_all(bytes).await.is_err() => return,
+            Some(_) => {}
+        }
+    }
+    // Nothing can be done about a host that does not want the end of the stream.
+    let _ = to.shutdown().await;
+}
+
+/// A pipe or terminal in the runtime. Clones share the descriptor.
+#[derive(Clone)]
+struct Descriptor(std::sync::Arc<AsyncFd<OwnedFd>>);
+
+impl Descriptor {
+    fn new(fd: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        // SAFETY: the OwnedFd keeps its descriptor open, and its number the same, for as long as it is registered.
+        let fd = unsafe { AsyncFd::register(fd) }?;
+        Ok(Self(std::sync::Arc::new(fd)))
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
+
+impl AsyncRead for Descriptor {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut guard = ready!(self.0.poll_read_ready(context))?;
+            match guard.try_io(|_| Ok(rustix::io::read(self.fd(), buffer.initialize_unfilled())?)) {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(result) => return Poll::Ready(result.map(|length| buffer.advance(length))),
+                Err(_would_block) => {}
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Descriptor {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut guard = ready!(self.0.poll_write_ready(context))?;
+            match guard.try_io(|_| Ok(rustix::io::write(self.fd(), bytes)?)) {
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(result) => return Poll::Ready(result),
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,92 @@
+//! The system calls that no crate wraps. With [`crate::power`] and the descriptors of [`crate::handshake`] this is all
+//! the unsafe code of the agent.
+
+use std::{io, os::fd::AsRawFd, os::fd::BorrowedFd};
+
+use rustix::mount::{MountAttrFlags, MountPropagationFlags};
+
+/// `struct mount_attr` of include/uapi/linux/mount.h, its first version.
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// Changes the mount whose root `mount` is, and with `recursive` everything mounted below it.
+///
+/// # Errors
+/// What mount_setattr(2) says.
+pub fn mount_setattr(
+    mount: BorrowedFd<'_>,
+    set: MountAttrFlags,
+    propagation: MountPropagationFlags,
+    recursive: bool,
+) -> io::Result<()> {
+    let attributes = MountAttr {
+        attr_set: u64::from(set.bits()),
+        attr_clr: 0,
+        propagation: u64::from(propagation.bits()),
+        userns_fd: 0,
+    };
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a NUL-terminated literal, and the kernel reads exactly size_of::<MountAttr>() bytes of `attributes`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<MountAttr>(),
+        )
+    };
+    checked(result)
+}
+
+/// Sends signal `number` (1 to 64, real-time signals too) to `pid`.
+///
+/// # Errors
+/// What kill(2) says.
+pub fn kill(pid: i32, number: i32) -> io::Result<()> {
+    // SAFETY: kill takes two integers and touches no memory of ours.
+    checked(libc::c_long::from(unsafe { libc::kill(pid, number) }))
+}
+
+/// Gives the calling process a new, empty session keyring. A kernel without keyrings has none to hide.
+///
+/// # Errors
+/// What keyctl(2) says, except that it does not exist.
+pub fn new_session_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    let anonymous = std::ptr::null::<libc::c_char>();
+    // SAFETY: a null name asks for an anonymous keyring; no memory of ours is read.
+    match checked(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, anonymous) }) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        result => result,
+    }
+}
+
+/// Marks every descriptor from 3 up close-on-exec.
+///
+/// # Errors
+/// What close_range(2) says.
+pub fn close_all_on_exec() -> io::Result<()> {
+    // SAFETY: setting a flag on descriptors neither closes any nor touches memory.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    checked(result)
+}
+
+/// Sets every signal back to its default action: what is ignored stays ignored through exec, and Rust's
+/// runtime ignores SIGPIPE.
+pub fn default_signals() {
+    for number in 1..=64 {
+        // SAFETY: SIG_DFL installs no code; SIGKILL, SIGSTOP and the C library's own signals fail harmlessly.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
+}
+
+fn checked(result: libc::c_long) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
