@@ -96,26 +96,9 @@ impl Vsock {
         self.settle(id, context.poll);
     }
 
-    /// Opens the stream that the guest requests, if there is room for it and the parent takes it.
+    /// Opens the stream that the guest requests, or refuses it.
     fn open_from_guest(&mut self, ports: Ports, request: &Header, poll: &mut dyn Poll) {
-        let id = if self.streams.is_full() {
-            Err(io::ErrorKind::QuotaExceeded.into())
-        } else {
-            self.announce(ports).and_then(|socket| {
-                self.streams.open_from_guest(ports, request, HostEnd::new(socket, None)).map_err(io::Error::other)
-            })
-        };
-        let opened = id.and_then(|id| {
-            let watched = match self.streams.get_mut(id) {
-                Some(stream) => stream.host.watch(Source::Stream(id).token(), false, poll),
-                None => Ok(()),
-            };
-            if watched.is_err() {
-                self.streams.remove(id);
-            }
-            watched.map(|()| id)
-        });
-        match opened {
+        match self.try_open_from_guest(ports, request, poll) {
             Ok(id) => self.settle(id, poll),
             Err(error) => {
                 // The guest can bring this about as often as it likes, so it is no warning.
@@ -123,6 +106,24 @@ impl Vsock {
                 self.streams.refuse(request);
             }
         }
+    }
+
+    fn try_open_from_guest(&mut self, ports: Ports, request: &Header, poll: &mut dyn Poll) -> io::Result<StreamId> {
+        if self.streams.is_full() {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        let host = HostEnd::new(self.announce(ports)?, None);
+        let id = self
+            .streams
+            .open_from_guest(ports, request, host)
+            .map_err(|_| io::Error::from(io::ErrorKind::AddrInUse))?;
+        if let Some(stream) = self.streams.get_mut(id)
+            && let Err(error) = stream.host.watch(Source::Stream(id).token(), false, poll)
+        {
+            self.streams.remove(id);
+            return Err(error);
+        }
+        Ok(id)
     }
 
     /// Sends the far end of a new socket pair to the parent and returns the near one.

@@ -157,17 +157,16 @@ impl Vsock {
     /// Looks whether a client has finished its line; if so, requests its stream from the guest.
     fn hear(&mut self, number: u32, ended: bool, poll: &mut dyn Poll) {
         let Some(caller) = self.listener.hear(number, ended, poll) else { return };
-        let fd = caller.socket.as_raw_fd();
         let deadline = Instant::now() + self.limits.handshake;
-        let Ok(id) = self.streams.open_from_host(caller.port, HostEnd::new(caller.socket, Some(deadline))) else {
-            poll.remove(fd);
-            return;
+        let id = match self.streams.open_from_host(caller.port, HostEnd::new(caller.socket, Some(deadline))) {
+            Ok(id) => id,
+            Err(mut host) => return host.close(poll),
         };
         if let Some(stream) = self.streams.get_mut(id)
             && let Err(error) = stream.host.watch(Source::Stream(id).token(), true, poll)
         {
             slog::warn!(self.log, "cannot watch a vsock client"; "error" => %error);
-            poll.remove(fd);
+            stream.host.close(poll);
             self.streams.remove(id);
             return;
         }

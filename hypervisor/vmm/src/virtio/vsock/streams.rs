@@ -79,11 +79,6 @@ pub struct Stream<H> {
     in_line: bool,
 }
 
-/// There are as many streams as the device keeps, or the ports are in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no room for another stream")]
-pub struct NoRoom;
-
 #[derive(Debug)]
 struct Slot<H> {
     id: StreamId,
@@ -136,8 +131,8 @@ impl<H> Streams<H> {
     /// Adds a stream that a host client opens to `guest_port`; its host port is chosen here.
     ///
     /// # Errors
-    /// When the table is full.
-    pub fn open_from_host(&mut self, guest_port: u32, host: H) -> Result<StreamId, NoRoom> {
+    /// Gives the host end back when the table is full.
+    pub fn open_from_host(&mut self, guest_port: u32, host: H) -> Result<StreamId, H> {
         // There are fewer streams than ports to try, so the search ends.
         let ports = loop {
             let ports = Ports { host: self.next_host_port, guest: guest_port };
@@ -155,8 +150,8 @@ impl<H> Streams<H> {
     /// Adds the stream that the guest opened by `request` under `ports`.
     ///
     /// # Errors
-    /// When the table is full or knows these ports.
-    pub fn open_from_guest(&mut self, ports: Ports, request: &Header, host: H) -> Result<StreamId, NoRoom> {
+    /// Gives the host end back when the table is full or knows these ports.
+    pub fn open_from_guest(&mut self, ports: Ports, request: &Header, host: H) -> Result<StreamId, H> {
         let window = self.window();
         self.insert(ports, Connection::from_guest(window, request), window, host)
     }
@@ -170,16 +165,16 @@ impl<H> Streams<H> {
         if self.promised + u64::from(LARGE_WINDOW) <= LARGE_WINDOWS { LARGE_WINDOW } else { SMALL_WINDOW }
     }
 
-    fn insert(&mut self, ports: Ports, connection: Connection, window: u32, host: H) -> Result<StreamId, NoRoom> {
+    fn insert(&mut self, ports: Ports, connection: Connection, window: u32, host: H) -> Result<StreamId, H> {
         if self.is_full() || self.by_ports.contains_key(&ports) {
-            return Err(NoRoom);
+            return Err(host);
         }
         let index = self.free.pop().unwrap_or_else(|| {
             // Fits: the limit is at most 2^SLOT_BITS.
             self.slots.push(Slot { id: StreamId(self.slots.len() as u32), stream: None });
             self.slots.len() - 1
         });
-        let slot = self.slots.get_mut(index).ok_or(NoRoom)?;
+        let Some(slot) = self.slots.get_mut(index) else { return Err(host) };
         slot.stream = Some(Stream { ports, connection, host, window, in_line: false });
         self.by_ports.insert(ports, slot.id);
         self.promised += u64::from(window);

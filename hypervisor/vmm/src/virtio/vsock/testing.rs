@@ -145,8 +145,27 @@ impl Driver {
             _directory: directory,
             interrupts: 0,
         };
-        driver.call(|device, context| device.activate(context)).unwrap();
+        driver.activate();
         driver
+    }
+
+    pub fn activate(&mut self) {
+        self.call(|device, context| device.activate(context)).unwrap();
+    }
+
+    /// Resets the device, but leaves the rings as they are.
+    pub fn reset(&mut self) {
+        self.device.reset(&mut self.poll);
+    }
+
+    pub fn memory_at(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    pub fn memory_mut(&mut self, address: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
     }
 
     pub fn call(
@@ -326,9 +345,9 @@ pub struct Socket {
     /// What the host will not do any more.
     pub host_over: Shutdown,
     /// Bytes received and not yet read by the application.
-    pub inbox: VecDeque<u8>,
+    pub inbox: Vec<u8>,
     /// Bytes that the application has written and that are not sent yet.
-    pub outbox: VecDeque<u8>,
+    pub outbox: Vec<u8>,
     /// To be told the host when the outbox is empty.
     pub closing: Shutdown,
     told: Shutdown,
@@ -366,8 +385,16 @@ impl Guest {
     }
 
     pub fn with(limits: Limits) -> Self {
+        Self::on(Driver::new(limits))
+    }
+
+    pub fn with_state(state: VsockState, limits: Limits) -> Self {
+        Self::on(Driver::with_state(state, limits))
+    }
+
+    fn on(driver: Driver) -> Self {
         let mut guest = Self {
-            driver: Driver::new(limits),
+            driver,
             sockets: HashMap::new(),
             listening: Vec::new(),
             accepted: VecDeque::new(),
