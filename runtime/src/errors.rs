@@ -1,0 +1,121 @@
+//! Errors as containerd gets them: a gRPC code that it acts on, and a sentence that `ctr` or kubelet shows.
+
+use ttrpc::{Code, get_status};
+
+use crate::lifecycle::Refusal;
+
+/// A task request that did not succeed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct TaskError {
+    code: Code,
+    message: String,
+}
+
+/// What the guest says is cut to this many characters.
+const MAX_GUEST_TEXT: usize = 1024;
+
+impl TaskError {
+    fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+
+    /// NOT_FOUND.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(Code::NOT_FOUND, message)
+    }
+
+    /// ALREADY_EXISTS.
+    pub fn already_exists(message: impl Into<String>) -> Self {
+        Self::new(Code::ALREADY_EXISTS, message)
+    }
+
+    /// FAILED_PRECONDITION.
+    pub fn failed_precondition(message: impl Into<String>) -> Self {
+        Self::new(Code::FAILED_PRECONDITION, message)
+    }
+
+    /// INVALID_ARGUMENT.
+    pub fn invalid_argument(message: impl Into<String>) -> Self {
+        Self::new(Code::INVALID_ARGUMENT, message)
+    }
+
+    /// UNIMPLEMENTED.
+    pub fn unimplemented(verb: &str) -> Self {
+        Self::new(Code::UNIMPLEMENTED, format!("{verb} is not implemented by io.containerd.caisson.v2"))
+    }
+
+    /// UNAVAILABLE: the machine is not there (any more).
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(Code::UNAVAILABLE, message)
+    }
+
+    /// INTERNAL: the host refused something.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(Code::INTERNAL, message)
+    }
+
+    /// What the agent answered to `call`. Its words come from the guest: cut, and without control characters.
+    pub fn from_agent(call: &str, error: &ttrpc::Error) -> Self {
+        let clean = |text: &str| -> String {
+            text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_GUEST_TEXT).collect()
+        };
+        match error {
+            ttrpc::Error::RpcStatus(status) => match status.code() {
+                code @ (Code::NOT_FOUND
+                | Code::ALREADY_EXISTS
+                | Code::FAILED_PRECONDITION
+                | Code::INVALID_ARGUMENT
+                | Code::UNIMPLEMENTED) => Self::new(code, clean(status.message())),
+                Code::DEADLINE_EXCEEDED => {
+                    Self::new(Code::DEADLINE_EXCEEDED, format!("the agent's {call} took too long"))
+                }
+                _ => Self::internal(format!("the agent's {call} failed: {}", clean(status.message()))),
+            },
+            other => Self::unavailable(format!("the agent did not answer {call}: {}", clean(&other.to_string()))),
+        }
+    }
+
+    /// The same error with what was being done in front.
+    pub fn context(self, what: &str) -> Self {
+        Self { code: self.code, message: format!("{what}: {}", self.message) }
+    }
+
+    /// The code.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+}
+
+impl From<Refusal> for TaskError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Finished => Self::not_found(refusal.to_string()),
+            Refusal::State { .. } | Refusal::Exec(_) | Refusal::NotCreated => {
+                Self::failed_precondition(refusal.to_string())
+            }
+        }
+    }
+}
+
+impl From<TaskError> for ttrpc::Error {
+    fn from(error: TaskError) -> Self {
+        Self::RpcStatus(get_status(error.code, error.message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agents_codes_pass_and_its_words_are_tamed() {
+        let said = ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, "no\x1b[2J such\nfile".to_string()));
+        let told = TaskError::from_agent("Start", &said);
+        assert_eq!((told.code(), told.to_string().as_str()), (Code::NOT_FOUND, "no [2J such file"));
+        let long = ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, "x".repeat(100_000)));
+        assert!(TaskError::from_agent("Start", &long).to_string().len() < 2000);
+        let gone = TaskError::from_agent("Kill", &ttrpc::Error::RemoteClosed);
+        assert_eq!(gone.code(), Code::UNAVAILABLE);
+    }
+}

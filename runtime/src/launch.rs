@@ -1,0 +1,134 @@
+//! Starts a pod's machine: opens every file, makes every socket, spawns caisson-vmm and caisson-fsd and sends the whole
+//! machine to the monitor, all before the shim serves its first request. This is on the critical path of every container's
+//! start, so it runs once from top to bottom without waiting for anything.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+};
+
+use caisson_protos::guest::{GUEST_CID, SHARE_TAG};
+use caisson_vmm_client::{
+    CallError, Child, Console, Machine, Memory, SpawnError, Vsock, control, packet, process::spawn_monitor,
+};
+use nix::{
+    fcntl::OFlag,
+    sys::memfd::{MFdFlags, memfd_create},
+    unistd::{ftruncate, pipe2},
+};
+
+use crate::{
+    config::Config,
+    dial::Dialer,
+    host::{self, HostError},
+    machine::Launched,
+    paths::PodPaths,
+    processes::{self, Member},
+    share::{Share, ShareError},
+};
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The host is not fit, or a file is not there.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The shared directory.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// A program of ours.
+    #[error("{0}: install it (make install) or name it in {config}", config = crate::config::DEFAULT_PATH)]
+    Spawn(#[from] SpawnError),
+    /// The monitor's control socket.
+    #[error("the machine cannot start: {0}")]
+    Control(#[from] CallError),
+    /// The system refused something.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The kernel's command line. The monitor adds the devices and, if there is one, the console.
+///
+/// - `reboot=k panic=-1`: a reset, and a panic at once, end the machine instead of hanging it;
+/// - `quiet loglevel=4`: nobody reads the console, and printing costs time;
+/// - `8250.nr_uarts`: no probing for serial ports that are not there;
+/// - `random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests`: no waiting for entropy, grace periods, self-tests.
+fn command_line(console: bool) -> String {
+    let console = if console { "loglevel=7 8250.nr_uarts=1" } else { "quiet loglevel=4 8250.nr_uarts=0" };
+    format!("reboot=k panic=-1 nomodule {console} random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests")
+}
+
+fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> LaunchError {
+    |source| LaunchError::System { what: what.into(), source: source.into() }
+}
+
+/// Makes the pod's directories, mounts its share and launches its machine. `log` becomes the children's standard error.
+///
+/// # Errors
+/// [`LaunchError`] names what failed. Processes that were already started are gone then; directories are not.
+pub fn launch(config: &Config, paths: &PodPaths, log: BorrowedFd<'_>) -> Result<(Launched, Share), LaunchError> {
+    host::check_kvm()?;
+    let kernel = host::open_kernel(&config.kernel)?;
+    let initramfs = host::open_initramfs(&config.initramfs)?;
+    paths.create().map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
+    let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
+    let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
+    let (guest_streams, monitors_streams) = packet::pair().map_err(system("make a socket pair"))?;
+    let (monitors_share, servers_share) = packet::pair().map_err(system("make a socket pair"))?;
+    let (console, output) = console(config.debug_console)?;
+    let share = Share::mount(paths)?;
+
+    let (vmm, control) = spawn_monitor(&config.monitor(), log)?;
+    let size = u64::from(config.memory_mib) << 20;
+    let machine = Machine {
+        vcpus: config.vcpus,
+        memory: Memory { size, file: Some(memory(size)?), private: false },
+        kernel: kernel.into(),
+        initramfs: Some(initramfs.into()),
+        command_line: command_line(config.debug_console),
+        console: output.map(|output| Console { output, early: true }),
+        vsock: Some(Vsock { guest_cid: GUEST_CID, listener, guest_streams: monitors_streams }),
+        disks: Vec::new(),
+        shares: vec![caisson_vmm_client::Share { tag: SHARE_TAG.into(), server: monitors_share }],
+    };
+    control::configure_and_start(&control, machine)?;
+
+    let root = share.open_view()?;
+    let arguments = ["--socket-fd", "3", "--root-fd", "4"];
+    let descriptors = [(servers_share.as_fd(), 3), (root.as_fd(), 4)];
+    let fsd = Child::spawn(&config.file_server(), &arguments, &descriptors, log)?;
+    record(paths, &vmm, &fsd)?;
+    Ok((Launched { vmm, fsd, control, guest_streams, console, dialer }, share))
+}
+
+/// A file for guest memory; sparse, so it costs only what the guest touches.
+fn memory(size: u64) -> Result<OwnedFd, LaunchError> {
+    let what = || format!("reserve {} MiB of guest memory", size >> 20);
+    let file = memfd_create(c"caisson-guest", MFdFlags::MFD_CLOEXEC).map_err(system(what()))?;
+    let length = i64::try_from(size).map_err(|_| system(what())(io::Error::from_raw_os_error(libc::EFBIG)))?;
+    ftruncate(&file, length).map_err(system(what()))?;
+    Ok(file)
+}
+
+/// Both ends of the console's pipe, the reading one first.
+fn console(wanted: bool) -> Result<(Option<OwnedFd>, Option<OwnedFd>), LaunchError> {
+    if !wanted {
+        return Ok((None, None));
+    }
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(system("make a pipe"))?;
+    Ok((Some(read), Some(write)))
+}
+
+fn record(paths: &PodPaths, vmm: &Child, fsd: &Child) -> Result<(), LaunchError> {
+    let path: PathBuf = paths.processes();
+    let pids = [("shim", std::process::id()), ("vmm", vmm.pid()), ("fsd", fsd.pid())];
+    // A process that has already ended needs no record.
+    let members: Vec<Member> = pids.iter().filter_map(|(role, pid)| Member::of(role, *pid).ok()).collect();
+    processes::record(&path, &members).map_err(system(format!("write {}", path.display())))
+}

@@ -1,0 +1,340 @@
+//! The life of one process of a task (the container's init process or one that Exec added), without any I/O. It decides
+//! which requests are allowed when, with the words that containerd's own shim uses, and in which order the
+//! news goes out: the start is always told before the exit, and the exit exactly once, however the answers overtake each
+//! other.
+//!
+//! ```text
+//!              prepared             begin_start           started
+//!  Preparing ───────────► Created ──────────────► Starting ─────────► Running
+//!                            │                       │  │                │
+//!                            │ exited   start_failed │  │ exited         │ exited
+//!                            ▼                       ▼  ▼ (kept)         ▼
+//!                         Stopped ◄──────────────── Stopped ◄─────── Stopped
+//!                            │ begin_delete (also from Created: it is killed first)
+//!                            ▼
+//!                         Deleting ── delete_failed ──► Stopped
+//! ```
+
+use std::time::SystemTime;
+
+/// How and when a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// 0 to 255: its exit code, or 128 + the signal's number.
+    pub status: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// The exit of a process that went down with its machine: as if killed.
+pub const KILLED: u32 = 128 + 9;
+
+/// What containerd sees of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It can be started.
+    Created,
+    /// It runs.
+    Running,
+    /// It has ended.
+    Stopped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Preparing,
+    Created,
+    /// The agent was asked to start it; an exit that came before the answer waits here.
+    Starting(Option<Exit>),
+    Running,
+    Stopped(Exit),
+    /// None: it was never started and never ran.
+    Deleting(Option<Exit>),
+}
+
+/// A request that does not fit the process's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// FAILED_PRECONDITION.
+    #[error("cannot {verb} a {state} process")]
+    State {
+        /// What was asked.
+        verb: &'static str,
+        /// What it is.
+        state: &'static str,
+    },
+    /// FAILED_PRECONDITION: nothing can be added to a container without a living init process.
+    #[error("cannot exec in a {0} state")]
+    Exec(&'static str),
+    /// NOT_FOUND: there is nothing to signal any more.
+    #[error("process already finished")]
+    Finished,
+    /// FAILED_PRECONDITION: an exec that was not started.
+    #[error("process not created")]
+    NotCreated,
+}
+
+/// See the module's introduction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    phase: Phase,
+    is_init: bool,
+}
+
+impl Process {
+    /// A process that is being prepared in the guest.
+    pub fn new(is_init: bool) -> Self {
+        Self { phase: Phase::Preparing, is_init }
+    }
+
+    fn state(&self) -> &'static str {
+        match self.phase {
+            Phase::Preparing => "not yet created",
+            Phase::Created => "created",
+            Phase::Starting(_) => "starting",
+            Phase::Running => "running",
+            Phase::Stopped(_) => "stopped",
+            Phase::Deleting(_) => "deleted",
+        }
+    }
+
+    fn refuse(&self, verb: &'static str) -> Refusal {
+        Refusal::State { verb, state: self.state() }
+    }
+
+    /// The agent has it ready.
+    pub fn prepared(&mut self) {
+        if self.phase == Phase::Preparing {
+            self.phase = Phase::Created;
+        }
+    }
+
+    /// May it be started? If so, ask the agent, and tell the answer by [`started`](Self::started) or
+    /// [`start_failed`](Self::start_failed).
+    ///
+    /// # Errors
+    /// If it is not a created process.
+    pub fn begin_start(&mut self) -> Result<(), Refusal> {
+        if self.phase != Phase::Created {
+            return Err(self.refuse("start"));
+        }
+        self.phase = Phase::Starting(None);
+        Ok(())
+    }
+
+    /// It runs its program: tell the start, then the exit that this returns, if it returns one.
+    #[must_use]
+    pub fn started(&mut self) -> Option<Exit> {
+        let Phase::Starting(exit) = self.phase else { return None };
+        self.phase = exit.map_or(Phase::Running, Phase::Stopped);
+        exit
+    }
+
+    /// It could not run its program and has ended: tell the exit that this returns.
+    #[must_use]
+    pub fn start_failed(&mut self, exit: Exit) -> Option<Exit> {
+        let Phase::Starting(_) = self.phase else { return None };
+        self.phase = Phase::Stopped(exit);
+        Some(exit)
+    }
+
+    /// The agent says that it has ended, or its machine has: tell the exit that this returns.
+    #[must_use]
+    pub fn exited(&mut self, exit: Exit) -> Option<Exit> {
+        match &mut self.phase {
+            Phase::Created if !self.is_init => None,
+            Phase::Created | Phase::Running => {
+                self.phase = Phase::Stopped(exit);
+                Some(exit)
+            }
+            Phase::Starting(early) => {
+                early.get_or_insert(exit);
+                None
+            }
+            Phase::Preparing | Phase::Stopped(_) | Phase::Deleting(_) => None,
+        }
+    }
+
+    /// May it be signalled?
+    ///
+    /// # Errors
+    /// If there is nothing to signal.
+    pub fn check_kill(&self) -> Result<(), Refusal> {
+        match self.phase {
+            Phase::Created if !self.is_init => Err(Refusal::NotCreated),
+            Phase::Preparing => Err(Refusal::NotCreated),
+            Phase::Created | Phase::Starting(_) | Phase::Running => Ok(()),
+            Phase::Stopped(_) | Phase::Deleting(_) => Err(Refusal::Finished),
+        }
+    }
+
+    /// May processes be added to the container whose init process this is?
+    ///
+    /// # Errors
+    /// If it has ended or is not there yet.
+    pub fn check_exec(&self) -> Result<(), Refusal> {
+        match self.phase {
+            Phase::Created | Phase::Starting(_) | Phase::Running => Ok(()),
+            _ => Err(Refusal::Exec(self.state())),
+        }
+    }
+
+    /// May it be deleted? True: it was created and never started, so end it first.
+    ///
+    /// # Errors
+    /// If it runs, or another Delete is under way.
+    pub fn begin_delete(&mut self) -> Result<bool, Refusal> {
+        match self.phase {
+            Phase::Created => {
+                self.phase = Phase::Deleting(None);
+                Ok(true)
+            }
+            Phase::Stopped(exit) => {
+                self.phase = Phase::Deleting(Some(exit));
+                Ok(false)
+            }
+            _ => Err(self.refuse("delete")),
+        }
+    }
+
+    /// The Delete did not succeed; it may be tried again.
+    pub fn delete_failed(&mut self, killed_at: SystemTime) {
+        if let Phase::Deleting(exit) = self.phase {
+            self.phase = Phase::Stopped(exit.unwrap_or(Exit { status: KILLED, at: killed_at }));
+        }
+    }
+
+    /// What containerd is told.
+    pub fn status(&self) -> Status {
+        match self.phase {
+            Phase::Preparing | Phase::Created => Status::Created,
+            Phase::Starting(_) | Phase::Running => Status::Running,
+            Phase::Stopped(_) | Phase::Deleting(_) => Status::Stopped,
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn exit(&self) -> Option<Exit> {
+        match self.phase {
+            Phase::Stopped(exit) => Some(exit),
+            Phase::Deleting(exit) => exit,
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Prepared,
+        BeginStart,
+        Started,
+        StartFailed,
+        Exited(u32),
+        BeginDelete,
+        DeleteFailed,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            Just(Step::Prepared),
+            Just(Step::BeginStart),
+            Just(Step::Started),
+            Just(Step::StartFailed),
+            (0u32..256).prop_map(Step::Exited),
+            Just(Step::BeginDelete),
+            Just(Step::DeleteFailed),
+        ]
+    }
+
+    fn exit(status: u32) -> Exit {
+        Exit { status, at: SystemTime::UNIX_EPOCH }
+    }
+
+    proptest! {
+        /// Whatever order answers and requests come in: the exit is told at most once and never before the start,
+        /// a process that once stopped stays stopped, and its exit never changes.
+        #[test]
+        fn news_is_told_once_and_in_order(is_init: bool, steps in proptest::collection::vec(step(), 0..24)) {
+            let mut process = Process::new(is_init);
+            let (mut asked, mut told_start, mut told_exit) = (false, false, None::<Exit>);
+            for step in steps {
+                let before = process.status();
+                let news = match step {
+                    Step::Prepared => { process.prepared(); None }
+                    Step::BeginStart => { asked |= process.begin_start().is_ok(); None }
+                    Step::Started if asked && !told_start && before == Status::Running => {
+                        told_start = true;
+                        process.started()
+                    }
+                    Step::Started => None,
+                    Step::StartFailed if asked && !told_start => process.start_failed(exit(127)),
+                    Step::StartFailed => None,
+                    Step::Exited(status) => process.exited(exit(status)),
+                    Step::BeginDelete => { let _ = process.begin_delete(); None }
+                    Step::DeleteFailed => { process.delete_failed(SystemTime::UNIX_EPOCH); None }
+                };
+                if let Some(exit) = news {
+                    prop_assert_eq!(told_exit, None, "told twice");
+                    prop_assert!(told_start || !matches!(step, Step::Exited(_)) || before == Status::Created,
+                        "exit before start");
+                    prop_assert_eq!(process.exit(), Some(exit));
+                    told_exit = Some(exit);
+                }
+                if before == Status::Stopped {
+                    prop_assert_eq!(process.status(), Status::Stopped);
+                }
+                if let Some(exit) = told_exit {
+                    prop_assert_eq!(process.exit(), Some(exit));
+                    prop_assert!(process.check_kill().is_err() && process.begin_start().is_err());
+                }
+            }
+        }
+    }
+
+    fn created(is_init: bool) -> Process {
+        let mut process = Process::new(is_init);
+        process.prepared();
+        process
+    }
+
+    #[test]
+    fn an_exit_before_the_start_answer_is_told_after_it() {
+        let mut process = created(true);
+        process.begin_start().unwrap();
+        assert_eq!(process.exited(exit(3)), None);
+        assert_eq!(process.status(), Status::Running);
+        assert_eq!(process.started(), Some(exit(3)));
+        assert_eq!((process.status(), process.exit()), (Status::Stopped, Some(exit(3))));
+    }
+
+    #[test]
+    fn requests_are_refused_in_the_words_of_containerds_shim() {
+        let mut process = created(true);
+        process.begin_start().unwrap();
+        assert_eq!(process.started(), None);
+        assert_eq!(process.begin_delete().unwrap_err().to_string(), "cannot delete a running process");
+        assert_eq!(process.begin_start().unwrap_err().to_string(), "cannot start a running process");
+        assert!(process.exited(exit(0)).is_some());
+        assert_eq!(process.begin_start().unwrap_err().to_string(), "cannot start a stopped process");
+        assert_eq!(process.check_kill().unwrap_err().to_string(), "process already finished");
+        assert_eq!(process.check_exec().unwrap_err().to_string(), "cannot exec in a stopped state");
+        assert_eq!(process.begin_delete(), Ok(false));
+        assert!(process.begin_delete().is_err(), "one Delete at a time");
+        process.delete_failed(SystemTime::UNIX_EPOCH);
+        assert_eq!((process.begin_delete(), process.exit()), (Ok(false), Some(exit(0))));
+    }
+
+    #[test]
+    fn an_exec_that_was_not_started_cannot_be_signalled_but_deleted() {
+        let mut process = created(false);
+        assert_eq!(process.check_kill(), Err(Refusal::NotCreated));
+        assert_eq!(process.begin_delete(), Ok(true));
+        assert_eq!(process.exit(), None);
+    }
+}

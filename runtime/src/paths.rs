@@ -1,0 +1,165 @@
+//! Where a pod's sockets and directories lie, below the state directory:
+//!
+//! ```text
+//! <state_dir>/s/<hash>.sock            what containerd connects to
+//! <state_dir>/<namespace>/<id>/        0700, the pod's own
+//!     vsock.sock                       what the monitor listens on for streams to the guest
+//!     shared                           mount point (in the shim's mount namespace only) of the shared directory
+//!     view                             the same directory as caisson-fsd sees it
+//!     processes                        who belongs to the pod, for the clean-up after a crash
+//! ```
+//!
+//! Names below are fixed, so that clean-up removes exactly these and never walks a tree in which something of
+//! somebody else may be mounted.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest, Sha256};
+
+/// The places of one pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodPaths {
+    state_dir: PathBuf,
+    pod: PathBuf,
+}
+
+impl PodPaths {
+    /// `namespace` and `id` are identifiers ([`crate::flags::is_identifier`]).
+    pub fn new(state_dir: &Path, namespace: &str, id: &str) -> Self {
+        Self { state_dir: state_dir.to_owned(), pod: state_dir.join(namespace).join(id) }
+    }
+
+    /// The pod's directory.
+    pub fn pod(&self) -> &Path {
+        &self.pod
+    }
+
+    /// The directory of the sockets that containerd connects to.
+    pub fn sockets(&self) -> PathBuf {
+        self.state_dir.join("s")
+    }
+
+    /// See the module's picture.
+    pub fn vsock(&self) -> PathBuf {
+        self.pod.join("vsock.sock")
+    }
+
+    /// See the module's picture.
+    pub fn shared(&self) -> PathBuf {
+        self.pod.join("shared")
+    }
+
+    /// See the module's picture.
+    pub fn view(&self) -> PathBuf {
+        self.pod.join("view")
+    }
+
+    /// See the module's picture.
+    pub fn processes(&self) -> PathBuf {
+        self.pod.join("processes")
+    }
+
+    /// The socket for the pod `id` of the containerd at `address`: the name is a hash because a socket's path has
+    /// room for 107 bytes only (sockaddr_un in linux/un.h).
+    pub fn socket(&self, address: &str, namespace: &str, id: &str) -> PathBuf {
+        let digest = Sha256::digest(format!("{address}\0{namespace}\0{id}"));
+        let name: String = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        self.sockets().join(name + ".sock")
+    }
+
+    /// Makes the pod's directories. What an earlier pod of this name left behind is removed first.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn create(&self) -> io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        let mut private = fs::DirBuilder::new();
+        private.mode(0o700);
+        match private.create(&self.pod) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                private.recursive(true).create(&self.pod)?;
+                private.recursive(false);
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.remove()?;
+                private.recursive(true).create(&self.pod)?;
+                private.recursive(false);
+            }
+            Err(error) => return Err(error),
+        }
+        private.create(self.shared())?;
+        private.create(self.view())
+    }
+
+    /// Removes the pod's directories and the namespace's, if it was the last pod there. What is already gone is fine.
+    ///
+    /// # Errors
+    /// What the file system says, EBUSY if something is still mounted.
+    pub fn remove(&self) -> io::Result<()> {
+        for file in [self.vsock(), self.processes()] {
+            allow_missing(fs::remove_file(file))?;
+        }
+        for directory in [self.shared(), self.view()] {
+            allow_missing(fs::remove_dir(directory))?;
+        }
+        allow_missing(fs::remove_dir(&self.pod))?;
+        if let Some(namespace) = self.pod.parent() {
+            // Fails while other pods are there.
+            let _ = fs::remove_dir(namespace);
+        }
+        Ok(())
+    }
+}
+
+/// Takes "it is not there" for success.
+///
+/// # Errors
+/// Every other error of `result`.
+pub fn allow_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_come_and_go_and_a_stale_pod_is_replaced() {
+        let state = tempfile::tempdir().unwrap();
+        let pod = PodPaths::new(state.path(), "ns", "one");
+        pod.create().unwrap();
+        fs::write(pod.processes(), "").unwrap();
+        fs::write(pod.vsock(), "").unwrap();
+        pod.create().unwrap();
+        assert!(pod.shared().is_dir() && !pod.vsock().exists());
+        pod.remove().unwrap();
+        pod.remove().unwrap();
+        assert_eq!(fs::read_dir(state.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn clean_up_never_removes_what_it_did_not_make() {
+        let state = tempfile::tempdir().unwrap();
+        let pod = PodPaths::new(state.path(), "ns", "one");
+        pod.create().unwrap();
+        fs::write(pod.shared().join("somebody's"), "").unwrap();
+        assert!(pod.remove().is_err());
+        assert!(pod.shared().join("somebody's").exists());
+    }
+
+    #[test]
+    fn socket_names_differ_and_fit() {
+        let pod = PodPaths::new(Path::new("/run/caisson"), "ns", "one");
+        let one = pod.socket("/run/containerd/containerd.sock", "ns", "one");
+        assert_ne!(one, pod.socket("/run/containerd/containerd.sock", "ns", "two"));
+        assert_ne!(one, pod.socket("/run/other.sock", "ns", "one"));
+        assert!(one.as_os_str().len() < 108);
+    }
+}

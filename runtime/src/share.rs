@@ -1,0 +1,228 @@
+//! The pod's shared directory: what the guest can see of the host. It is a small tmpfs in the shim's own mount
+//! namespace, and each container's root file system is mounted in it. So whatever way the pod's processes end, the kernel
+//! takes all of these mounts down with the namespace, and nothing of them was ever visible to the host.
+//!
+//! ```text
+//!   shared/   tmpfs, read-write: only the shim writes here ──peers──  view/   the same, read-only: caisson-fsd's root
+//!     └ <container>/rootfs   overlay, bind, …                           └ <container>/rootfs   (propagated)
+//! ```
+//!
+//! caisson-fsd gets the read-only view, because a guest that could rename what lies at the top could steer the
+//! shim's next mount through a symbolic link out of the directory.
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, open},
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+    sys::stat::Mode,
+};
+
+use crate::{
+    mount::{Mount, MountError},
+    paths::PodPaths,
+};
+
+/// A share that cannot be set up.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot set up the pod's shared directory: {step}: {source}")]
+pub struct ShareError {
+    step: &'static str,
+    source: io::Error,
+}
+
+/// A root file system that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// One of its mounts.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The mount point.
+    #[error("cannot make the mount point {path}: {source}")]
+    MountPoint {
+        /// It.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// containerd passed no mounts, and the bundle has no directory either.
+    #[error("containerd passed no root file system and {path} (root.path of config.json) is no directory")]
+    Missing {
+        /// Where it should be.
+        path: PathBuf,
+    },
+}
+
+/// Moves the calling thread, which must be the process's only one, into a mount namespace of its own. What the host mounts
+/// and unmounts later still arrives here; nothing goes the other way.
+///
+/// # Errors
+/// EPERM without CAP_SYS_ADMIN.
+pub fn enter_mount_namespace() -> Result<(), ShareError> {
+    let none = None::<&str>;
+    let failed = |step| move |errno: nix::Error| ShareError { step, source: errno.into() };
+    unshare(CloneFlags::CLONE_NEWNS).map_err(failed("unshare the mount namespace"))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(failed("make mounts slaves of the host's"))
+}
+
+/// See the module's introduction.
+#[derive(Debug)]
+pub struct Share {
+    shared: PathBuf,
+    view: PathBuf,
+}
+
+impl Share {
+    /// Mounts the directory; [`PodPaths::create`] has made its mount points.
+    ///
+    /// # Errors
+    /// [`ShareError`] names the step.
+    pub fn mount(paths: &PodPaths) -> Result<Self, ShareError> {
+        let none = None::<&str>;
+        let failed = |step| move |errno: nix::Error| ShareError { step, source: errno.into() };
+        let share = Self { shared: paths.shared(), view: paths.view() };
+        let nothing = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        // Room for mount points and nothing else.
+        let data = Some("mode=0700,size=1m,nr_inodes=4096");
+        mount(Some("caisson"), &share.shared, Some("tmpfs"), nothing, data).map_err(failed("mount a tmpfs"))?;
+        mount(none, &share.shared, none, MsFlags::MS_SHARED, none).map_err(failed("share its mounts"))?;
+        mount(Some(&share.shared), &share.view, none, MsFlags::MS_BIND, none).map_err(failed("make the view"))?;
+        let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | nothing;
+        mount(none, &share.view, none, read_only, none).map_err(failed("make the view read-only"))?;
+        Ok(share)
+    }
+
+    /// The view, for caisson-fsd.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub fn open_view(&self) -> Result<OwnedFd, ShareError> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        open(&self.view, flags, Mode::empty())
+            .map_err(|errno| ShareError { step: "open the view", source: errno.into() })
+    }
+
+    /// The root file system's place, relative to the shared directory: what the agent is told.
+    pub fn rootfs_name(container: &str) -> String {
+        format!("{container}/rootfs")
+    }
+
+    /// Mounts a container's root file system: `mounts` one upon the other or, if there are none, `fallback`.
+    ///
+    /// # Errors
+    /// See [`RootfsError`]; then nothing of it stays.
+    pub fn mount_rootfs(&self, container: &str, mounts: &[Mount], fallback: &Path) -> Result<Rootfs, RootfsError> {
+        let directory = self.shared.join(container);
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| RootfsError::MountPoint { path, source }
+        };
+        fs::create_dir(&directory).map_err(failed(&directory))?;
+        let rootfs = Rootfs { target: directory.join("rootfs"), directory };
+        fs::create_dir(&rootfs.target).map_err(failed(&rootfs.target))?;
+        if mounts.is_empty() {
+            if !fallback.is_dir() {
+                return Err(RootfsError::Missing { path: fallback.to_owned() });
+            }
+            let source = fallback.to_string_lossy().into_owned();
+            let bind = Mount { kind: "bind".into(), source, options: vec!["rbind".into(), "rw".into()] };
+            bind.mount_at(&rootfs.target)?;
+        }
+        for mount in mounts {
+            mount.mount_at(&rootfs.target)?;
+        }
+        Ok(rootfs)
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        for directory in [&self.view, &self.shared] {
+            // Lazily: caisson-fsd may still hold it. The namespace ends soon after, and all of it with it.
+            let _ = umount2(directory, MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+/// A mounted root file system. Dropped, it is unmounted.
+#[derive(Debug)]
+pub struct Rootfs {
+    directory: PathBuf,
+    target: PathBuf,
+}
+
+impl Drop for Rootfs {
+    fn drop(&mut self) {
+        // As many as were stacked; EINVAL says that there is none left.
+        while umount2(&self.target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+        let _ = fs::remove_dir(&self.target);
+        let _ = fs::remove_dir(&self.directory);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each test runs in a thread of its own, which may have a mount namespace of its own.
+    fn share(state: &Path) -> Share {
+        enter_mount_namespace().expect("these tests run as root");
+        let paths = PodPaths::new(state, "ns", "pod");
+        paths.create().unwrap();
+        Share::mount(&paths).unwrap()
+    }
+
+    #[test]
+    fn a_rootfs_appears_in_the_view_which_itself_is_read_only() {
+        let state = tempfile::tempdir().unwrap();
+        let share = share(state.path());
+        let layer = state.path().join("layer");
+        fs::create_dir(&layer).unwrap();
+        fs::write(layer.join("hello"), "x").unwrap();
+        let bind = Mount { kind: "bind".into(), source: layer.display().to_string(), options: vec!["rbind".into()] };
+        let rootfs = share.mount_rootfs("one", &[bind], Path::new("/none")).unwrap();
+        let seen = share.view.join(Share::rootfs_name("one"));
+        assert!(seen.join("hello").exists());
+        fs::write(seen.join("from-the-guest"), "y").unwrap();
+        assert!(layer.join("from-the-guest").exists());
+        assert!(fs::create_dir(share.view.join("planted")).is_err());
+        drop(rootfs);
+        assert!(!seen.exists() && layer.join("hello").exists());
+    }
+
+    #[test]
+    fn stacked_mounts_and_the_bundles_own_directory() {
+        let state = tempfile::tempdir().unwrap();
+        let share = share(state.path());
+        let (lower, upper, work) = (state.path().join("l"), state.path().join("u"), state.path().join("w"));
+        for directory in [&lower, &upper, &work] {
+            fs::create_dir(directory).unwrap();
+        }
+        let tmpfs =
+            Mount { kind: "tmpfs".into(), source: "t".into(), options: vec!["size=64k".into(), "nodev".into()] };
+        let bind = Mount {
+            kind: "bind".into(),
+            source: lower.display().to_string(),
+            options: vec!["bind".into(), "ro".into()],
+        };
+        let rootfs = share.mount_rootfs("two", &[tmpfs, bind], Path::new("/none")).unwrap();
+        assert!(fs::write(rootfs.target.join("x"), "").is_err(), "read-only");
+        let target = rootfs.target.clone();
+        drop(rootfs);
+        assert!(!target.exists(), "both mounts are gone");
+        let rootfs = share.mount_rootfs("three", &[], &upper).unwrap();
+        fs::write(rootfs.target.join("x"), "").unwrap();
+        assert!(upper.join("x").exists());
+        drop(rootfs);
+        assert!(upper.join("x").exists());
+        let refused = share.mount_rootfs("four", &[], Path::new("/no/such")).unwrap_err().to_string();
+        assert!(refused.contains("/no/such"), "{refused}");
+        share.mount_rootfs("four", &[], &upper).expect("a refused one left nothing behind");
+    }
+}

@@ -1,0 +1,394 @@
+//! The book of a pod's containers and their processes: who is there, in which state, and who waits for whom. Every
+//! change of state and the news of it happen here together, under one lock, so the order of events is the order
+//! of changes. No I/O: the calls to the agent are the pod's ([`crate::pod`]).
+
+use std::{collections::BTreeMap, time::SystemTime};
+
+use containerd_shim_protos::{
+    api::{StateResponse, Status as ApiStatus},
+    events::task::{TaskExecStarted, TaskExit, TaskStart},
+};
+use protobuf::EnumOrUnknown;
+use tokio::sync::watch;
+
+use crate::{
+    errors::TaskError,
+    events::{Event, Publisher, timestamp},
+    lifecycle::{Exit, KILLED, Process, Status},
+    share::Rootfs,
+    stdio::{Copies, Stdio},
+};
+
+/// Takes events. The publisher, or a test.
+pub trait News: Send + Sync {
+    /// Tells one event; never waits.
+    fn tell<E: Event>(&self, event: &E);
+}
+
+impl News for Publisher {
+    fn tell<E: Event>(&self, event: &E) {
+        self.publish(event);
+    }
+}
+
+/// Names a process: a container and, unless it is the container's init process, an exec.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Name {
+    /// The container.
+    pub container: String,
+    /// Empty: the init process.
+    pub exec: String,
+}
+
+impl Name {
+    /// From a request's two fields.
+    pub fn new(container: &str, exec: &str) -> Self {
+        Self { container: container.to_owned(), exec: exec.to_owned() }
+    }
+
+    /// The process's own name: what TaskExit calls its id.
+    pub fn id(&self) -> &str {
+        if self.exec.is_empty() { &self.container } else { &self.exec }
+    }
+}
+
+/// One process.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its state.
+    pub process: Process,
+    /// As containerd said it.
+    pub stdio: Stdio,
+    /// Running, once it was created.
+    pub copies: Option<Copies>,
+    pid: u32,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+impl Entry {
+    fn new(is_init: bool, stdio: Stdio) -> Self {
+        Self { process: Process::new(is_init), stdio, copies: None, pid: 0, exit: watch::Sender::new(None) }
+    }
+}
+
+/// One container.
+#[derive(Debug)]
+pub struct Container {
+    bundle: String,
+    init: Entry,
+    execs: BTreeMap<String, Entry>,
+    /// Its mounts, once they are there.
+    pub rootfs: Option<Rootfs>,
+}
+
+/// See the module's introduction.
+#[derive(Debug)]
+pub struct Tasks<N> {
+    containers: BTreeMap<String, Container>,
+    news: N,
+}
+
+/// Most execs of one container at one time.
+const MAX_EXECS: usize = 1024;
+
+impl<N: News> Tasks<N> {
+    /// An empty book.
+    pub fn new(news: N) -> Self {
+        Self { containers: BTreeMap::new(), news }
+    }
+
+    /// Where news goes.
+    pub fn news(&self) -> &N {
+        &self.news
+    }
+
+    /// Whether there is no container.
+    pub fn is_empty(&self) -> bool {
+        self.containers.is_empty()
+    }
+
+    /// Reserves a container's place.
+    ///
+    /// # Errors
+    /// ALREADY_EXISTS.
+    pub fn add_container(&mut self, id: &str, bundle: &str, stdio: Stdio) -> Result<(), TaskError> {
+        if self.containers.contains_key(id) {
+            return Err(TaskError::already_exists(format!("container {id} already exists")));
+        }
+        let container = Container {
+            bundle: bundle.to_owned(),
+            init: Entry::new(true, stdio),
+            execs: BTreeMap::new(),
+            rootfs: None,
+        };
+        self.containers.insert(id.to_owned(), container);
+        Ok(())
+    }
+
+    /// Reserves an exec's place.
+    ///
+    /// # Errors
+    /// NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION.
+    pub fn add_exec(&mut self, name: &Name, stdio: Stdio) -> Result<(), TaskError> {
+        let container = self.container(&name.container)?;
+        if container.execs.contains_key(&name.exec) {
+            return Err(TaskError::already_exists(format!("id {}", name.exec)));
+        }
+        container.init.process.check_exec()?;
+        if container.execs.len() >= MAX_EXECS {
+            return Err(TaskError::failed_precondition(format!("{MAX_EXECS} execs are there already: delete some")));
+        }
+        container.execs.insert(name.exec.clone(), Entry::new(false, stdio));
+        Ok(())
+    }
+
+    /// A container.
+    ///
+    /// # Errors
+    /// NOT_FOUND.
+    pub fn container(&mut self, id: &str) -> Result<&mut Container, TaskError> {
+        self.containers.get_mut(id).ok_or_else(|| TaskError::not_found(format!("container {id} not created")))
+    }
+
+    /// A process.
+    ///
+    /// # Errors
+    /// NOT_FOUND.
+    pub fn entry(&mut self, name: &Name) -> Result<&mut Entry, TaskError> {
+        let container = self.container(&name.container)?;
+        if name.exec.is_empty() {
+            return Ok(&mut container.init);
+        }
+        let missing = || TaskError::not_found(format!("process does not exist {}", name.exec));
+        container.execs.get_mut(&name.exec).ok_or_else(missing)
+    }
+
+    /// Takes a process out of the book; for an init process its container.
+    pub fn remove(&mut self, name: &Name) -> Removed {
+        if name.exec.is_empty() {
+            let container = self.containers.remove(&name.container);
+            return Removed { _entry: None, _container: container };
+        }
+        let container = self.containers.get_mut(&name.container);
+        Removed { _entry: container.and_then(|container| container.execs.remove(&name.exec)), _container: None }
+    }
+
+    /// The agent has the process ready and its streams flow.
+    ///
+    /// # Errors
+    /// NOT_FOUND if it was removed meanwhile.
+    pub fn prepared(&mut self, name: &Name, pid: u32, copies: Copies) -> Result<(), TaskError> {
+        let entry = self.entry(name)?;
+        entry.process.prepared();
+        entry.pid = pid;
+        entry.copies = Some(copies);
+        Ok(())
+    }
+
+    /// The process runs its program; its pid.
+    ///
+    /// # Errors
+    /// NOT_FOUND if it was removed meanwhile.
+    pub fn started(&mut self, name: &Name) -> Result<u32, TaskError> {
+        let entry = self.entry(name)?;
+        let (early, pid) = (entry.process.started(), entry.pid);
+        let container_id = name.container.clone();
+        if name.exec.is_empty() {
+            self.news.tell(&TaskStart { container_id, pid, ..TaskStart::default() });
+        } else {
+            let exec_id = name.exec.clone();
+            self.news.tell(&TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() });
+        }
+        self.tell_exit(name, early);
+        Ok(pid)
+    }
+
+    /// The process could not run its program.
+    pub fn start_failed(&mut self, name: &Name, exit: Exit) {
+        let news = self.entry(name).ok().and_then(|entry| entry.process.start_failed(exit));
+        self.tell_exit(name, news);
+    }
+
+    /// The process has ended. True if this was news.
+    pub fn exited(&mut self, name: &Name, exit: Exit) -> bool {
+        let news = self.entry(name).ok().and_then(|entry| entry.process.exited(exit));
+        self.tell_exit(name, news);
+        news.is_some()
+    }
+
+    /// The machine has ended: everything that ran in it was killed.
+    pub fn machine_lost(&mut self, at: SystemTime) {
+        let names: Vec<Name> = (self.containers.iter())
+            .flat_map(|(id, container)| {
+                // Execs first: an init process's exit is the last news of its container.
+                container.execs.keys().map(|exec| Name::new(id, exec)).chain([Name::new(id, "")])
+            })
+            .collect();
+        for name in names {
+            self.exited(&name, Exit { status: KILLED, at });
+        }
+    }
+
+    fn tell_exit(&mut self, name: &Name, exit: Option<Exit>) {
+        let Some(exit) = exit else { return };
+        let Ok(entry) = self.entry(name) else { return };
+        entry.exit.send_replace(Some(exit));
+        let pid = entry.pid;
+        self.news.tell(&TaskExit {
+            container_id: name.container.clone(),
+            id: name.id().to_owned(),
+            pid,
+            exit_status: exit.status,
+            exited_at: timestamp(exit.at),
+            ..TaskExit::default()
+        });
+    }
+
+    /// Waits for a process's exit. It is told to any number of waiters, however late they come; the error comes if the
+    /// process is deleted without ever having run.
+    ///
+    /// # Errors
+    /// NOT_FOUND.
+    pub fn wait(&mut self, name: &Name) -> Result<impl Future<Output = Result<Exit, TaskError>> + use<N>, TaskError> {
+        let mut exit = self.entry(name)?.exit.subscribe();
+        let id = name.id().to_owned();
+        Ok(async move {
+            let deleted = || TaskError::not_found(format!("process {id} was deleted"));
+            let exit = exit.wait_for(Option::is_some).await.map_err(|_| deleted())?;
+            (*exit).ok_or_else(deleted)
+        })
+    }
+
+    /// What containerd is told about a process.
+    ///
+    /// # Errors
+    /// NOT_FOUND.
+    pub fn state(&mut self, name: &Name) -> Result<StateResponse, TaskError> {
+        let bundle = self.container(&name.container)?.bundle.clone();
+        let entry = self.entry(name)?;
+        let status = match entry.process.status() {
+            Status::Created => ApiStatus::CREATED,
+            Status::Running => ApiStatus::RUNNING,
+            Status::Stopped => ApiStatus::STOPPED,
+        };
+        let exit = entry.process.exit();
+        Ok(StateResponse {
+            id: name.id().to_owned(),
+            bundle,
+            pid: entry.pid,
+            status: EnumOrUnknown::new(status),
+            stdin: entry.stdio.stdin.clone(),
+            stdout: entry.stdio.stdout.clone(),
+            stderr: entry.stdio.stderr.clone(),
+            terminal: entry.stdio.terminal,
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at: exit.map(|exit| timestamp(exit.at)).unwrap_or_default(),
+            exec_id: name.exec.clone(),
+            ..StateResponse::default()
+        })
+    }
+
+    /// The pid that containerd was told; 0 if there is no such process.
+    pub fn pid(&mut self, name: &Name) -> u32 {
+        self.entry(name).map_or(0, |entry| entry.pid)
+    }
+}
+
+/// What was taken out of the book. Dropping it ends the copies and unmounts the root.
+#[derive(Debug)]
+pub struct Removed {
+    _entry: Option<Entry>,
+    _container: Option<Container>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Debug, Default)]
+    struct Heard(Mutex<Vec<String>>);
+
+    impl News for Heard {
+        fn tell<E: Event>(&self, event: &E) {
+            self.0.lock().unwrap().push(format!("{} {event}", E::TOPIC));
+        }
+    }
+
+    fn book() -> Tasks<Heard> {
+        let mut tasks = Tasks::new(Heard::default());
+        tasks.add_container("one", "/b", Stdio::default()).unwrap();
+        tasks.entry(&Name::new("one", "")).unwrap().process.prepared();
+        tasks
+    }
+
+    fn topics(tasks: &Tasks<Heard>) -> Vec<String> {
+        let heard = tasks.news.0.lock().unwrap();
+        heard.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+    }
+
+    fn exit(status: u32) -> Exit {
+        Exit { status, at: SystemTime::UNIX_EPOCH }
+    }
+
+    #[tokio::test]
+    async fn a_lost_machine_ends_every_process_once_and_wakes_every_waiter() {
+        let mut tasks = book();
+        let (init, exec, unstarted) = (Name::new("one", ""), Name::new("one", "x"), Name::new("one", "y"));
+        tasks.entry(&init).unwrap().process.begin_start().unwrap();
+        tasks.started(&init).unwrap();
+        for name in [&exec, &unstarted] {
+            tasks.add_exec(name, Stdio::default()).unwrap();
+            tasks.entry(name).unwrap().process.prepared();
+        }
+        tasks.entry(&exec).unwrap().process.begin_start().unwrap();
+        tasks.started(&exec).unwrap();
+        let waits = [tasks.wait(&init).unwrap(), tasks.wait(&init).unwrap(), tasks.wait(&exec).unwrap()];
+        tasks.machine_lost(SystemTime::UNIX_EPOCH);
+        tasks.machine_lost(SystemTime::now());
+        for wait in waits {
+            assert_eq!(wait.await.unwrap(), exit(KILLED));
+        }
+        assert_eq!(tasks.wait(&init).unwrap().await.unwrap(), exit(KILLED), "a late one, too");
+        assert_eq!(topics(&tasks), ["/tasks/start", "/tasks/exec-started", "/tasks/exit", "/tasks/exit"]);
+    }
+
+    #[test]
+    fn an_early_exit_is_told_behind_the_start() {
+        let mut tasks = book();
+        let init = Name::new("one", "");
+        tasks.entry(&init).unwrap().process.begin_start().unwrap();
+        assert!(!tasks.exited(&init, exit(3)));
+        tasks.started(&init).unwrap();
+        assert_eq!(topics(&tasks), ["/tasks/start", "/tasks/exit"]);
+        let state = tasks.state(&init).unwrap();
+        assert_eq!((state.status.unwrap(), state.exit_status), (ApiStatus::STOPPED, 3));
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_process_that_is_deleted_unstarted_is_told() {
+        let mut tasks = book();
+        let exec = Name::new("one", "x");
+        tasks.add_exec(&exec, Stdio::default()).unwrap();
+        let wait = tasks.wait(&exec).unwrap();
+        drop(tasks.remove(&exec));
+        assert_eq!(wait.await.unwrap_err().code(), ttrpc::Code::NOT_FOUND);
+    }
+
+    #[test]
+    fn names_are_taken_once_and_missing_ones_are_named() {
+        let mut tasks = book();
+        assert_eq!(tasks.add_container("one", "/b", Stdio::default()).unwrap_err().code(), ttrpc::Code::ALREADY_EXISTS);
+        let exec = Name::new("one", "x");
+        tasks.add_exec(&exec, Stdio::default()).unwrap();
+        assert_eq!(tasks.add_exec(&exec, Stdio::default()).unwrap_err().code(), ttrpc::Code::ALREADY_EXISTS);
+        assert_eq!(tasks.state(&Name::new("two", "")).unwrap_err().to_string(), "container two not created");
+        assert_eq!(tasks.state(&Name::new("one", "z")).unwrap_err().to_string(), "process does not exist z");
+        assert!(tasks.exited(&Name::new("one", ""), exit(0)));
+        assert_eq!(
+            tasks.add_exec(&Name::new("one", "w"), Stdio::default()).unwrap_err().to_string(),
+            "cannot exec in a stopped state"
+        );
+    }
+}
