@@ -91,8 +91,12 @@ fn in_nested_host(arguments: &Arguments) -> Result<Report> {
         programs.extend(measure::PROGRAMS.map(|name| bin_dir().join(name)));
         files.extend([image_dir().join("vmlinux"), image_dir().join("initramfs")]);
     }
-    programs.iter().for_each(|program| drop(command.arg("--prog").arg(program)));
-    files.iter().for_each(|file| drop(command.arg("--file").arg(file)));
+    for program in &programs {
+        command.arg("--prog").arg(program);
+    }
+    for file in &files {
+        command.arg("--file").arg(file);
+    }
     for (name, path) in
         [("CAISSON_BIN_DIR", bin_dir()), ("CAISSON_IMAGE_DIR", image_dir()), ("CAISSON_OCI_DIR", oci_dir())]
     {

@@ -103,7 +103,9 @@ fn stages(report: &mut Report, log: &str, runs: usize) -> Result<()> {
 
 /// Memory of the processes of a pod that does nothing.
 fn idle(report: &mut Report, host: &Host, runs: u32) -> Result<()> {
-    let (kernel, initramfs) = (image_dir().join("vmlinux"), image_dir().join("initramfs"));
+    // As the kernel names mapped files: without symbolic links on the way.
+    let real = |name: &str| image_dir().join(name).canonicalize().with_context(|| format!("find {name}"));
+    let (kernel, initramfs) = (real("vmlinux")?, real("initramfs")?);
     let files: [&Path; 2] = [&kernel, &initramfs];
     let mut found: [Vec<Memory>; 3] = Default::default();
     for round in 0..runs {
