@@ -158,7 +158,7 @@ impl Running {
         self.immediate_exit.set();
         // SAFETY: the thread was not joined, so its id is its own, whether it still runs or not; the signal has a
         // handler (install_kick).
-        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), SIGRTMIN()) };
+        unsafe { libc::pthread_kill(self.thread.as_pthread_t() as _, SIGRTMIN()) };
     }
 
     /// Times that the guest came out to this process.

@@ -146,7 +146,8 @@ impl<'m> Buffers<'m> {
         // SAFETY: a zeroed msghdr is valid: no name, no control data.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = iovecs.as_mut_ptr();
-        message.msg_iovlen = iovecs.len();
+        // At most MAX_IOVECS; the type differs between C libraries.
+        message.msg_iovlen = iovecs.len() as _;
         // SAFETY: the iovecs point to `header` and to guest memory that stays mapped for 'm; the kernel only reads them.
         let n = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
         if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -167,7 +168,8 @@ impl<'m> Buffers<'m> {
         // SAFETY: a zeroed msghdr is valid: no name, no control data.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = iovecs.as_mut_ptr();
-        message.msg_iovlen = iovecs.len();
+        // At most MAX_IOVECS; the type differs between C libraries.
+        message.msg_iovlen = iovecs.len() as _;
         // SAFETY: the iovecs point to `header`, borrowed mutably, and to guest memory that stays mapped for 'm and to whose
         // bytes no Rust reference exists.
         let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT | libc::MSG_TRUNC) };
