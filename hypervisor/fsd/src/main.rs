@@ -1,2 +1,77 @@
-//! Being written.
-fn main() {}
+//! The program: takes two descriptors, enters the jail, serves until the monitor closes the socket.
+//!
+//! `caisson-fsd --socket-fd 3 --root-fd 4`: a SOCK_SEQPACKET socket to the virtio-fs device, and the shared directory.
+//! Exit status 0 when the socket closes, 1 with a message on standard error otherwise.
+
+use std::{
+    os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use caisson_fsd::{jail, session, session::Session, tree::RESERVED_DESCRIPTORS, tree::Tree};
+use slog::{Logger, error, info};
+
+/// Of the thread that serves, bytes: directory listings take 4 KiB, the rest is calls.
+const STACK: usize = 256 * 1024;
+
+fn main() -> ExitCode {
+    let log = caisson_log::logger("fsd", std::io::stderr(), slog::Level::Info);
+    match run(&log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!(log, "{:#}", error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(log: &Logger) -> Result<()> {
+    let (socket, root) = arguments(std::env::args().skip(1))?;
+    ensure!(socket != root, "--socket-fd and --root-fd are the same descriptor, {socket}");
+    let (socket, root) = (descriptor(socket, "--socket-fd")?, descriptor(root, "--root-fd")?);
+    session::check_socket(&socket).context("--socket-fd")?;
+    jail::check_directory(&root).context("--root-fd")?;
+    let jail = jail::enter(root)?;
+    let nodes = usize::try_from(jail.descriptors)?.saturating_sub(RESERVED_DESCRIPTORS);
+    ensure!(nodes > 0, "at most {} descriptors are allowed, {RESERVED_DESCRIPTORS} are too few", jail.descriptors);
+    let tree = Tree::new(jail.root, jail.proc_fds, nodes).context("looking at the shared directory")?;
+    let session = Session::new(socket, tree, log.clone())?;
+    // A thread of its own, because it changes its user all the time and the main thread must not (see jail::enter).
+    let serve = move || session.run();
+    let thread = std::thread::Builder::new().name("fs".into()).stack_size(STACK).spawn(serve)?;
+    match thread.join() {
+        Ok(served) => served.context("the socket to the monitor failed")?,
+        Err(_) => bail!("the serving thread panicked"),
+    }
+    info!(log, "the monitor closed its end");
+    Ok(())
+}
+
+fn arguments(mut words: impl Iterator<Item = String>) -> Result<(RawFd, RawFd)> {
+    let (mut socket, mut root) = (None, None);
+    while let Some(word) = words.next() {
+        let place = match word.as_str() {
+            "--socket-fd" => &mut socket,
+            "--root-fd" => &mut root,
+            other => bail!("unknown argument {other:?}; usage: caisson-fsd --socket-fd N --root-fd N"),
+        };
+        let value = words.next().with_context(|| format!("{word} needs a descriptor's number"))?;
+        *place = Some(value.parse().with_context(|| format!("{word} {value:?}: not a number"))?);
+    }
+    let missing = "missing; usage: caisson-fsd --socket-fd N --root-fd N";
+    Ok((
+        socket.with_context(|| format!("--socket-fd is {missing}"))?,
+        root.with_context(|| format!("--root-fd is {missing}"))?,
+    ))
+}
+
+/// Takes over an inherited descriptor.
+fn descriptor(number: RawFd, name: &str) -> Result<OwnedFd> {
+    ensure!(number > 2, "{name} {number}: 0 to 2 are the standard descriptors");
+    // SAFETY: only borrowed to ask whether it is open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC).with_context(|| format!("{name} {number}"))?;
+    // SAFETY: it is open, and whoever started this program gave it to be owned; nothing here has used this number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

@@ -1,0 +1,381 @@
+//! FUSE's operations on the [`Tree`], each a few system calls.
+//!
+//! The crate fuse-backend-rs decodes requests and encodes replies. Its own pass-through file system is not used; what
+//! stood against it, in version 0.14: it needs `/proc` by name inside the jail for attributes; hard links need
+//! CAP_DAC_READ_SEARCH; it drops CAP_DAC_OVERRIDE while it creates a file, so supplementary groups are lost; it sets the
+//! guest's O_DIRECT and O_APPEND on the host's descriptor; it applies the umask where an ACL should win; it never
+//! forgets inode numbers, or takes 255 mounts in a lifetime; and it numbers entries in readdir differently from stat.
+
+use std::{
+    ffi::CStr,
+    io,
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
+
+use fuse_backend_rs::{
+    abi::fuse_abi::{CreateIn, FsOptions, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64, statvfs64},
+    api::filesystem::{
+        Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader, ZeroCopyWriter,
+    },
+};
+use rustix::{
+    fs::{
+        AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
+        Uid, XattrFlags, chmodat, chownat, fallocate, fdatasync, fsync, ftruncate, getxattr, getxattr_query, linkat,
+        listxattr, listxattr_query, mkdirat, mknodat, openat, readlinkat, removexattr, renameat_with, setxattr,
+        symlinkat, unlinkat, utimensat,
+    },
+    io::Errno,
+};
+
+use crate::{
+    attributes::{attributes, examine, file_system},
+    directory,
+    files::{Access, out_of_descriptors, reopen},
+    identity::{creating_as, without_fsetid},
+    tree::{Tree, component},
+};
+
+/// The longest extended attribute and list of them that Linux has (XATTR_SIZE_MAX, XATTR_LIST_MAX), bytes.
+const MAX_XATTR: usize = 65536;
+
+/// Serves one [`Tree`].
+#[derive(Debug)]
+pub struct Service {
+    tree: Mutex<Tree>,
+}
+
+impl Service {
+    /// Serves `tree`.
+    pub fn new(tree: Tree) -> Self {
+        Self { tree: Mutex::new(tree) }
+    }
+
+    /// The tree; one request at a time has it.
+    pub fn tree(&self) -> MutexGuard<'_, Tree> {
+        self.tree.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Copies inside the server between two files; returns the bytes copied.
+    ///
+    /// # Errors
+    /// Those of [`Tree::file`], the system call's.
+    pub fn copy_range(&self, from: (u64, u64), to: (u64, u64), len: u64) -> Result<usize, Errno> {
+        let mut tree = self.tree();
+        // Both may fall into the same slot of the table of open files: one is opened apart.
+        let source = reopen(tree.nodes.get(from.0)?, OFlags::RDONLY, tree.proc_fds())?;
+        let target = tree.file(to.0, Access::Write)?;
+        let (mut from_offset, mut to_offset) = (from.1, to.1);
+        // One thread serves: a copy must end soon. The guest asks again for the rest.
+        let len = usize::try_from(len).unwrap_or(usize::MAX).min(16 << 20);
+        rustix::fs::copy_file_range(&source, Some(&mut from_offset), target, Some(&mut to_offset), len)
+    }
+
+    fn make(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        umask: u32,
+        make: impl FnOnce(&Tree, std::os::fd::BorrowedFd) -> Result<(), Errno>,
+    ) -> io::Result<Entry> {
+        use std::os::fd::AsFd;
+        component(name)?;
+        let mut tree = self.tree();
+        let directory = tree.nodes.get(parent)?.path.as_fd();
+        creating_as(context.uid, context.gid, umask, || make(&tree, directory))?;
+        Ok(tree.lookup(parent, name)?)
+    }
+}
+
+impl FileSystem for Service {
+    type Inode = u64;
+    type Handle = u64;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.tree().clear();
+        Ok(capable & crate::handshake::OPTIONS)
+    }
+
+    fn destroy(&self) {
+        self.tree().clear();
+    }
+
+    fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let mut tree = self.tree();
+        match tree.lookup(parent, name) {
+            // Inode 0: "does not exist", and the guest may remember that.
+            Err(Errno::NOENT) => Ok(Entry { entry_timeout: tree.timeout(parent)?, ..Entry::default() }),
+            result => Ok(result?),
+        }
+    }
+
+    fn forget(&self, _: &Context, node: u64, count: u64) {
+        self.tree().forget(node, count);
+    }
+
+    fn getattr(&self, _: &Context, node: u64, _: Option<u64>) -> io::Result<(stat64, Duration)> {
+        let tree = self.tree();
+        let stat = examine(&tree.nodes.get(node)?.path)?;
+        Ok((attributes(&stat), tree.timeout(node)?))
+    }
+
+    fn setattr(
+        &self,
+        context: &Context,
+        node: u64,
+        new: stat64,
+        _: Option<u64>,
+        valid: SetattrValid,
+    ) -> io::Result<(stat64, Duration)> {
+        let mut tree = self.tree();
+        // The owner first: a change of owner takes setuid and setgid bits away, a new mode may bring them back.
+        if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
+            let uid = (valid.contains(SetattrValid::UID) && new.st_uid != u32::MAX).then(|| Uid::from_raw(new.st_uid));
+            let gid = (valid.contains(SetattrValid::GID) && new.st_gid != u32::MAX).then(|| Gid::from_raw(new.st_gid));
+            chownat(&tree.nodes.get(node)?.path, c"", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)?;
+        }
+        if valid.contains(SetattrValid::MODE) {
+            let mode = Mode::from_raw_mode(new.st_mode & 0o7777);
+            chmodat(tree.proc_fds(), tree.proc_name(node)?, mode, AtFlags::empty())?;
+        }
+        if valid.contains(SetattrValid::SIZE) {
+            let size = u64::try_from(new.st_size).map_err(|_| Errno::INVAL)?;
+            let file = tree.file(node, Access::Write)?;
+            without_fsetid(valid.contains(SetattrValid::KILL_SUIDGID), || ftruncate(file, size))??;
+        }
+        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
+            let time = |now: SetattrValid, set: SetattrValid, sec, nsec| match () {
+                () if valid.contains(now) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
+                () if valid.contains(set) => Timespec { tv_sec: sec, tv_nsec: nsec },
+                () => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            };
+            let times = Timestamps {
+                last_access: time(SetattrValid::ATIME_NOW, SetattrValid::ATIME, new.st_atime, new.st_atime_nsec),
+                last_modification: time(SetattrValid::MTIME_NOW, SetattrValid::MTIME, new.st_mtime, new.st_mtime_nsec),
+            };
+            utimensat(tree.proc_fds(), tree.proc_name(node)?, &times, AtFlags::empty())?;
+        }
+        drop(tree);
+        self.getattr(context, node, None)
+    }
+
+    fn readlink(&self, _: &Context, node: u64) -> io::Result<Vec<u8>> {
+        Ok(readlinkat(&self.tree().nodes.get(node)?.path, c"", Vec::new())?.into_bytes())
+    }
+
+    fn symlink(&self, context: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
+        self.make(context, parent, name, 0, |_, directory| symlinkat(target, directory, name))
+    }
+
+    fn mknod(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        let (kind, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode & 0o7777));
+        self.make(context, parent, name, umask, |_, directory| mknodat(directory, name, kind, mode, rdev.into()))
+    }
+
+    fn mkdir(&self, context: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
+        let mode = Mode::from_raw_mode(mode & 0o7777);
+        self.make(context, parent, name, umask, |_, directory| mkdirat(directory, name, mode))
+    }
+
+    fn unlink(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        component(name)?;
+        Ok(unlinkat(&self.tree().nodes.get(parent)?.path, name, AtFlags::empty())?)
+    }
+
+    fn rmdir(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        component(name)?;
+        Ok(unlinkat(&self.tree().nodes.get(parent)?.path, name, AtFlags::REMOVEDIR)?)
+    }
+
+    fn rename(&self, _: &Context, from: u64, name: &CStr, to: u64, new_name: &CStr, flags: u32) -> io::Result<()> {
+        component(name)?;
+        component(new_name)?;
+        let tree = self.tree();
+        let (from, to) = (&tree.nodes.get(from)?.path, &tree.nodes.get(to)?.path);
+        Ok(renameat_with(from, name, to, new_name, RenameFlags::from_bits_retain(flags))?)
+    }
+
+    fn link(&self, _: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
+        component(name)?;
+        let mut tree = self.tree();
+        let directory = &tree.nodes.get(parent)?.path;
+        // By way of /proc: linking a descriptor itself (AT_EMPTY_PATH) needs CAP_DAC_READ_SEARCH.
+        linkat(tree.proc_fds(), tree.proc_name(node)?, directory, name, AtFlags::SYMLINK_FOLLOW)?;
+        Ok(tree.lookup(parent, name)?)
+    }
+
+    fn open(&self, _: &Context, _: u64, _: u32, _: u32) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        // "Not needed": see crate::handshake.
+        Err(Errno::NOSYS.into())
+    }
+
+    fn create(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        args: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
+        component(name)?;
+        let mut tree = self.tree();
+        let mode = Mode::from_raw_mode(args.mode & 0o7777);
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = &tree.nodes.get(parent)?.path;
+        let created = creating_as(context.uid, context.gid, args.umask, || openat(directory, name, flags, mode))
+            .map_err(out_of_descriptors);
+        let exclusive = args.flags & libc::O_EXCL as u32 != 0;
+        let entry = match created {
+            Ok(file) => {
+                let entry = tree.lookup(parent, name)?;
+                tree.files.put(entry.inode, file.into());
+                entry
+            }
+            // It was there without the guest's knowledge.
+            Err(Errno::EXIST) if !exclusive => {
+                let mut entry = tree.lookup(parent, name)?;
+                if args.flags & libc::O_TRUNC as u32 != 0 {
+                    ftruncate(tree.file(entry.inode, Access::Write)?, 0)?;
+                    entry.attr = attributes(&examine(&tree.nodes.get(entry.inode)?.path)?);
+                }
+                entry
+            }
+            Err(errno) => return Err(errno.into()),
+        };
+        Ok((entry, None, OpenOptions::KEEP_CACHE, None))
+    }
+
+    fn read(
+        &self,
+        _: &Context,
+        node: u64,
+        _: u64,
+        to: &mut dyn ZeroCopyWriter,
+        size: u32,
+        offset: u64,
+        _: Option<u64>,
+        _: u32,
+    ) -> io::Result<usize> {
+        let mut tree = self.tree();
+        let size = to.available_bytes().min(size as usize);
+        to.write_from(tree.file(node, Access::Read)?, size, offset)
+    }
+
+    fn write(
+        &self,
+        _: &Context,
+        node: u64,
+        _: u64,
+        from: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
+        _: Option<u64>,
+        _: bool,
+        _: u32,
+        fuse_flags: u32,
+    ) -> io::Result<usize> {
+        let mut tree = self.tree();
+        let file = tree.file(node, Access::Write)?;
+        without_fsetid(fuse_flags & WRITE_KILL_PRIV != 0, || from.read_to(file, size as usize, offset))?
+    }
+
+    fn fsync(&self, _: &Context, node: u64, data_only: bool, _: u64) -> io::Result<()> {
+        let mut tree = self.tree();
+        let file = tree.file(node, Access::Read)?;
+        let synced = if data_only { fdatasync(file) } else { fsync(file) };
+        Ok(synced?)
+    }
+
+    fn fallocate(&self, _: &Context, node: u64, _: u64, mode: u32, offset: u64, len: u64) -> io::Result<()> {
+        let mut tree = self.tree();
+        Ok(fallocate(tree.file(node, Access::Write)?, FallocateFlags::from_bits_retain(mode), offset, len)?)
+    }
+
+    fn statfs(&self, _: &Context, node: u64) -> io::Result<statvfs64> {
+        Ok(file_system(&self.tree().nodes.get(node)?.path)?)
+    }
+
+    fn setxattr(&self, _: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        let path = self.tree().proc_name(node)?;
+        Ok(setxattr(path, name, value, XattrFlags::from_bits_retain(flags))?)
+    }
+
+    fn getxattr(&self, _: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        let path = self.tree().proc_name(node)?;
+        if size == 0 {
+            return Ok(GetxattrReply::Count(getxattr_query(path, name)? as u32));
+        }
+        let mut value = vec![0; (size as usize).min(MAX_XATTR)];
+        let len = getxattr(path, name, &mut value[..])?;
+        value.truncate(len);
+        Ok(GetxattrReply::Value(value))
+    }
+
+    fn listxattr(&self, _: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
+        let path = self.tree().proc_name(node)?;
+        if size == 0 {
+            return Ok(ListxattrReply::Count(listxattr_query(path)? as u32));
+        }
+        let mut names = vec![0u8; (size as usize).min(MAX_XATTR)];
+        let len = listxattr(path, &mut names[..])?;
+        names.truncate(len);
+        Ok(ListxattrReply::Names(names))
+    }
+
+    fn removexattr(&self, _: &Context, node: u64, name: &CStr) -> io::Result<()> {
+        let path = self.tree().proc_name(node)?;
+        Ok(removexattr(path, name)?)
+    }
+
+    fn opendir(&self, _: &Context, node: u64, _: u32) -> io::Result<(Option<u64>, OpenOptions)> {
+        let mut tree = self.tree();
+        let handle = tree.open_directory(node)?;
+        let cached = OpenOptions::CACHE_DIR | OpenOptions::KEEP_CACHE;
+        let options = if tree.timeout(node)?.is_zero() { OpenOptions::empty() } else { cached };
+        Ok((Some(handle), options))
+    }
+
+    fn readdir(
+        &self,
+        _: &Context,
+        node: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        Ok(directory::list(self.tree().directory(node, handle)?, size, offset, add)?)
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Context,
+        node: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        Ok(directory::list_plus(&mut self.tree(), node, handle, size, offset, add)?)
+    }
+
+    fn fsyncdir(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
+        let tree = self.tree();
+        let directory = tree.directory(node, handle)?;
+        let synced = if data_only { fdatasync(directory) } else { fsync(directory) };
+        Ok(synced?)
+    }
+
+    fn releasedir(&self, _: &Context, node: u64, _: u32, handle: u64) -> io::Result<()> {
+        Ok(self.tree().close_directory(node, handle)?)
+    }
+}

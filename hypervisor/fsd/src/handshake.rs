@@ -1,0 +1,139 @@
+//! INIT: what guest and server agree on.
+//!
+//! - **No OPEN.** A regular file is never opened or released by the guest; the server opens what it needs. That saves two
+//!   messages for each file, and the guest cannot hold descriptors here. The price: `open` for writing on a read-only
+//!   mount of the host succeeds and the write fails, so what is read-only must be mounted so in the guest as well.
+//! - **Writeback cache.** The guest is the only user of what it may cache, so it writes back when it likes. Therefore
+//!   LSEEK is not offered: Linux asks the server for data and holes without writing back first, and would take a file
+//!   that is still in its cache for a hole (`cp` would copy zeros). Without it the guest sees a file as all data, which is always right.
+//! - **ACLs and umask.** The server applies the umask, since only the host's kernel knows whether a default ACL
+//!   replaces it.
+//! - **setuid, setgid** go on write, truncate and chown; the server takes care when the guest says so (KILLPRIV_V2).
+//! - **Locks** stay in the guest.
+
+use fuse_backend_rs::abi::fuse_abi::FsOptions;
+
+/// Everything that this server does, if the guest can.
+pub const OPTIONS: FsOptions = FsOptions::from_bits_truncate(
+    FsOptions::ASYNC_READ.bits()
+        | FsOptions::BIG_WRITES.bits()
+        | FsOptions::DONT_MASK.bits()
+        | FsOptions::DO_READDIRPLUS.bits()
+        | FsOptions::READDIRPLUS_AUTO.bits()
+        | FsOptions::ASYNC_DIO.bits()
+        | FsOptions::WRITEBACK_CACHE.bits()
+        | FsOptions::ZERO_MESSAGE_OPEN.bits()
+        | FsOptions::PARALLEL_DIROPS.bits()
+        | FsOptions::POSIX_ACL.bits()
+        | FsOptions::MAX_PAGES.bits()
+        | FsOptions::CACHE_SYMLINKS.bits()
+        | FsOptions::EXPLICIT_INVAL_DATA.bits()
+        | FsOptions::HANDLE_KILLPRIV_V2.bits(),
+);
+
+/// The protocol's version that is spoken. Linux since 5.11 has at least 7.33, which all of [`OPTIONS`] need.
+const MAJOR: u32 = 7;
+const MINOR: u32 = 33;
+
+/// The largest data of a request, bytes.
+pub const MAX_DATA: usize = 1 << 20;
+/// Room for all of a request but its data, bytes.
+pub const HEADER_ROOM: usize = 4096;
+const PAGE: usize = 4096;
+
+/// The length of INIT's answer, bytes.
+const OUT: usize = 64;
+
+/// The answer to an INIT whose body is `body`, over a socket with a send buffer of `send_buffer` bytes.
+///
+/// # Errors
+/// EPROTO for a guest that is too old, EINVAL for a malformed request.
+pub fn answer(body: &[u8], send_buffer: usize) -> Result<[u8; OUT], i32> {
+    let field = |at: usize| body.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
+    let (Some(major), Some(minor), Some(readahead), Some(flags)) = (field(0), field(4), field(8), field(12)) else {
+        return Err(libc::EINVAL);
+    };
+    let mut out = [0; OUT];
+    let mut put = |at: usize, bytes: &[u8]| {
+        if let Some(place) = out.get_mut(at..at + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
+    };
+    put(0, &MAJOR.to_le_bytes());
+    put(4, &MINOR.to_le_bytes());
+    if major > MAJOR {
+        // The guest then asks again with this version.
+        return Ok(out);
+    }
+    if major < MAJOR || minor < MINOR {
+        return Err(libc::EPROTO);
+    }
+    let pages = pages(send_buffer);
+    put(8, &readahead.to_le_bytes());
+    put(12, &((OPTIONS.bits() as u32) & flags).to_le_bytes());
+    // Requests in the background and when to throttle: as many as the queue holds.
+    put(16, &512u16.to_le_bytes());
+    put(18, &384u16.to_le_bytes());
+    put(20, &(pages * PAGE as u32).to_le_bytes());
+    // Times are exact to the nanosecond.
+    put(24, &1u32.to_le_bytes());
+    put(28, &(pages as u16).to_le_bytes());
+    Ok(out)
+}
+
+/// Pages of data in a packet; Linux takes a packet that is 32 bytes shorter than the send buffer.
+fn pages(send_buffer: usize) -> u32 {
+    let data = send_buffer.saturating_sub(32 + HEADER_ROOM).min(MAX_DATA);
+    (data / PAGE).max(1) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn init(major: u32, minor: u32, flags: u32) -> Vec<u8> {
+        [major, minor, 1 << 17, flags].iter().flat_map(|v| v.to_le_bytes()).chain([0; 48]).collect()
+    }
+
+    fn field(out: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(out[at..at + 4].try_into().unwrap())
+    }
+
+    #[test]
+    fn only_what_both_know_is_agreed_on() {
+        let out = answer(&init(7, 37, u32::MAX), 8 << 20).unwrap();
+        assert_eq!(field(&out, 12), OPTIONS.bits() as u32);
+        assert_eq!(field(&out, 20), 1 << 20);
+        assert_eq!(field(&out, 28), 256);
+        assert_eq!(field(&answer(&init(7, 37, 0x20), 8 << 20).unwrap(), 12), 0x20);
+    }
+
+    #[test]
+    fn locks_open_truncation_and_lookups_of_dots_stay_in_the_guest() {
+        let never =
+            FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS | FsOptions::ATOMIC_O_TRUNC | FsOptions::EXPORT_SUPPORT;
+        assert!(!OPTIONS.intersects(never));
+    }
+
+    #[test]
+    fn an_old_guest_is_refused_and_a_new_major_version_is_told_ours() {
+        assert_eq!(answer(&init(7, 31, 0), 8 << 20), Err(libc::EPROTO));
+        assert_eq!(answer(&init(6, 99, 0), 8 << 20), Err(libc::EPROTO));
+        assert_eq!(field(&answer(&init(8, 0, 0), 8 << 20).unwrap(), 0), 7);
+    }
+
+    #[test]
+    fn a_small_socket_makes_small_requests() {
+        let out = answer(&init(7, 37, u32::MAX), 212_992).unwrap();
+        assert_eq!((field(&out, 20), field(&out, 28)), (50 * 4096, 50));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bodies_never_panic(body in prop::collection::vec(any::<u8>(), 0..80), buffer: usize) {
+            let _ = answer(&body, buffer);
+        }
+    }
+}

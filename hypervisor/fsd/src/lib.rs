@@ -1,0 +1,22 @@
+//! caisson-fsd: serves one pod's shared directories as FUSE messages over a socket, in a jail.
+//!
+//! ```text
+//!   caisson-vmm ◄──── SOCK_SEQPACKET, one FUSE message a packet ────► caisson-fsd
+//!   (virtio-fs device)                                               session ─► filesystem ─► tree, nodes
+//!                                                                    jail: root directory = the shared directory
+//! ```
+//!
+//! The guest on the other side is hostile. It may ask for anything on any file of the shared directory, as that is what it is
+//! for; it must not reach anything else, nor stop this process, nor use more than its share of the host: node and
+//! descriptor counts are bounded, requests are bounded, and the process belongs to the pod's cgroup.
+
+pub mod attributes;
+pub mod directory;
+pub mod files;
+pub mod filesystem;
+pub mod handshake;
+pub mod identity;
+pub mod jail;
+pub mod nodes;
+pub mod session;
+pub mod tree;

@@ -1,0 +1,187 @@
+//! The conversation with the device: one packet in, one packet out.
+//!
+//! The monitor has checked each packet's length and numbered it; everything else of it is the guest's and may be anything.
+//! Every request but FORGET gets exactly one reply, because the guest waits for it.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+};
+
+use fuse_backend_rs::{
+    abi::fuse_abi::Opcode,
+    api::server::Server,
+    transport::{FuseBuf, FuseDevWriter, Reader},
+};
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send, sockopt},
+};
+use slog::{Logger, debug};
+
+use crate::{
+    filesystem::Service,
+    handshake::{self, HEADER_ROOM, MAX_DATA},
+    tree::Tree,
+};
+
+const REQUEST_HEADER: usize = 40;
+const REPLY_HEADER: usize = 16;
+const OPCODE_COPY_FILE_RANGE: u32 = 47;
+
+/// A request's header (struct fuse_in_header).
+struct Header {
+    len: usize,
+    opcode: u32,
+    unique: u64,
+    node: u64,
+}
+
+/// Serves a tree over a socket.
+pub struct Session {
+    socket: OwnedFd,
+    send_buffer: usize,
+    server: Server<std::sync::Arc<Service>>,
+    service: std::sync::Arc<Service>,
+    log: Logger,
+}
+
+impl Session {
+    /// A session over a SOCK_SEQPACKET socket.
+    ///
+    /// # Errors
+    /// If the descriptor is not a socket.
+    pub fn new(socket: OwnedFd, tree: Tree, log: Logger) -> Result<Self, Errno> {
+        let send_buffer = sockopt::socket_send_buffer_size(&socket)?;
+        let service = std::sync::Arc::new(Service::new(tree));
+        Ok(Self { socket, send_buffer, server: Server::new(service.clone()), service, log })
+    }
+
+    /// Serves until the other end closes.
+    ///
+    /// # Errors
+    /// If the socket fails otherwise.
+    pub fn run(&self) -> Result<(), Errno> {
+        // Zeroed by the kernel at first use, so that a guest with small requests costs small memory.
+        let mut request = vec![0; MAX_DATA + HEADER_ROOM];
+        let mut reply = vec![0; MAX_DATA + HEADER_ROOM];
+        loop {
+            match recv(&self.socket, &mut request[..], RecvFlags::TRUNC) {
+                Ok((_, 0)) | Err(Errno::CONNRESET) => return Ok(()),
+                Ok((_, len)) => match self.serve(request.get_mut(..len), &mut reply) {
+                    Ok(()) => {}
+                    Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()),
+                    Err(errno) => return Err(errno),
+                },
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// Serves one request; `None` is one that was too long.
+    fn serve(&self, request: Option<&mut [u8]>, reply: &mut [u8]) -> Result<(), Errno> {
+        let Some(request) = request else { return Ok(()) };
+        let Some(header) = Header::parse(request) else { return Ok(()) };
+        let body = request.get(REQUEST_HEADER..).unwrap_or(&[]);
+        let is = |opcode: Opcode| header.opcode == opcode as u32;
+        if header.len != request.len() {
+            return if is(Opcode::Forget) || is(Opcode::BatchForget) {
+                Ok(())
+            } else {
+                self.fail(&header, libc::EINVAL)
+            };
+        }
+        if is(Opcode::Init) {
+            self.service.tree().clear();
+            return match handshake::answer(body, self.send_buffer) {
+                Ok(answer) => self.answer(&header, &answer),
+                Err(errno) => self.fail(&header, errno),
+            };
+        }
+        if header.opcode == OPCODE_COPY_FILE_RANGE {
+            return match self.copy_file_range(&header, body) {
+                Ok(answer) => self.answer(&header, &answer),
+                Err(errno) => self.fail(&header, errno.raw_os_error()),
+            };
+        }
+        // Both are never answered by the crate; the device waits for an answer to everything.
+        if is(Opcode::Interrupt) || is(Opcode::NotifyReply) {
+            return self.fail(&header, libc::ENOSYS);
+        }
+        let (Ok(reader), Ok(writer)) = (
+            Reader::<()>::from_fuse_buffer(FuseBuf::new(request)),
+            FuseDevWriter::new(self.socket.as_fd().as_raw_fd(), reply),
+        ) else {
+            return self.fail(&header, libc::EIO);
+        };
+        match self.server.handle_message(reader, writer.into(), None, None) {
+            Ok(_) => Ok(()),
+            // Malformed; some such are answered already, then the device drops this second answer.
+            Err(error) => {
+                debug!(self.log, "malformed request"; "opcode" => header.opcode, "error" => %error);
+                if is(Opcode::Forget) || is(Opcode::BatchForget) { Ok(()) } else { self.fail(&header, libc::EINVAL) }
+            }
+        }
+    }
+
+    /// COPY_FILE_RANGE, which the crate does not know (struct fuse_copy_file_range_in).
+    fn copy_file_range(&self, header: &Header, body: &[u8]) -> Result<[u8; 8], Errno> {
+        let field = |index: usize| u64_at(body, index * 8).ok_or(Errno::INVAL);
+        let (from_offset, to_node, to_offset, len) = (field(1)?, field(2)?, field(4)?, field(5)?);
+        let copied = self.service.copy_range((header.node, from_offset), (to_node, to_offset), len)?;
+        Ok((copied as u64).to_le_bytes())
+    }
+
+    fn fail(&self, header: &Header, errno: i32) -> Result<(), Errno> {
+        self.send(header.unique, -errno, &[])
+    }
+
+    fn answer(&self, header: &Header, body: &[u8]) -> Result<(), Errno> {
+        self.send(header.unique, 0, body)
+    }
+
+    fn send(&self, unique: u64, error: i32, body: &[u8]) -> Result<(), Errno> {
+        let mut packet = [0; REPLY_HEADER + 64];
+        let len = REPLY_HEADER + body.len();
+        let fields = [&(len as u32).to_le_bytes()[..], &error.to_le_bytes(), &unique.to_le_bytes(), body];
+        let mut rest = &mut packet[..];
+        for field in fields {
+            let (place, later) = rest.split_at_mut_checked(field.len()).ok_or(Errno::MSGSIZE)?;
+            place.copy_from_slice(field);
+            rest = later;
+        }
+        send(&self.socket, packet.get(..len).ok_or(Errno::MSGSIZE)?, SendFlags::NOSIGNAL).map(drop)
+    }
+}
+
+impl Header {
+    fn parse(request: &[u8]) -> Option<Self> {
+        if request.len() < REQUEST_HEADER {
+            return None;
+        }
+        let word = u64_at(request, 0)?;
+        Some(Self {
+            len: (word & 0xffff_ffff) as usize,
+            opcode: (word >> 32) as u32,
+            unique: u64_at(request, 8)?,
+            node: u64_at(request, 16)?,
+        })
+    }
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+}
+
+/// Checks that a descriptor is a packet socket.
+///
+/// # Errors
+/// What it is instead.
+pub fn check_socket(socket: impl AsFd) -> io::Result<()> {
+    match sockopt::socket_type(socket) {
+        Ok(rustix::net::SocketType::SEQPACKET) => Ok(()),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a SOCK_SEQPACKET socket")),
+        Err(errno) => Err(errno.into()),
+    }
+}

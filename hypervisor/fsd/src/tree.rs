@@ -1,0 +1,198 @@
+//! The shared tree: the nodes that the guest knows, the files and directories that it has open, and how a name
+//! becomes a node.
+//!
+//! A name is one component, never a path: `.`, `..` and anything with a slash is refused, a symlink is a node of its own
+//! and is never followed (the guest's kernel follows them, inside the guest's tree), and openat2 is told to stay
+//! beneath the directory as well.
+//!
+//! What the guest may keep in its caches depends on the mount. The mount of the shared directory itself belongs to the
+//! shim, which adds and removes pods' directories there at any time: nothing of it is cached. What is mounted
+//! below (a container's root file system) nobody changes but the guest: that is cached for a day, names
+//! that do not exist included.
+
+use std::{
+    collections::HashMap,
+    ffi::CStr,
+    fs::File,
+    os::fd::{BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use fuse_backend_rs::api::filesystem::Entry;
+use rustix::{
+    fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
+    io::Errno,
+    path::DecInt,
+};
+
+use crate::{
+    attributes::{attributes, examine, key, kind},
+    files::{Access, OpenFiles, out_of_descriptors, reopen},
+    nodes::Nodes,
+};
+
+const CACHED: Duration = Duration::from_secs(24 * 3600);
+
+/// Directories that may be open at once.
+const MAX_DIRECTORIES: usize = 1024;
+
+/// Descriptors that are not nodes: open files and directories, the process's own, and what one request needs.
+pub const RESERVED_DESCRIPTORS: usize = MAX_DIRECTORIES + crate::files::SLOTS + 64;
+
+/// See the module's introduction.
+#[derive(Debug)]
+pub struct Tree {
+    /// The nodes.
+    pub nodes: Nodes,
+    /// Files open for reading and writing.
+    pub files: OpenFiles,
+    directories: HashMap<u64, (u64, File)>,
+    next_handle: u64,
+    proc_fds: OwnedFd,
+}
+
+impl Tree {
+    /// The tree below `root`, which the guest may know `limit` files of. `proc_fds` is `/proc/self/fd`.
+    ///
+    /// # Errors
+    /// If `root` cannot be looked at.
+    pub fn new(root: OwnedFd, proc_fds: OwnedFd, limit: usize) -> Result<Self, Errno> {
+        let key = key(&examine(&root)?);
+        let nodes = Nodes::new(root, key, limit);
+        Ok(Self { nodes, files: OpenFiles::default(), directories: HashMap::new(), next_handle: 1, proc_fds })
+    }
+
+    /// Forgets what a guest knew: it has restarted or unmounted.
+    pub fn clear(&mut self) {
+        self.nodes.clear();
+        self.files.clear();
+        self.directories.clear();
+    }
+
+    /// The directory `/proc/self/fd`.
+    pub fn proc_fds(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsFd;
+        self.proc_fds.as_fd()
+    }
+
+    /// The name below [`Self::proc_fds`] (and, since the jail makes that the working directory, the path) of a node.
+    ///
+    /// # Errors
+    /// ESTALE if there is no such node.
+    pub fn proc_name(&self, node: u64) -> Result<DecInt, Errno> {
+        Ok(DecInt::from_fd(&self.nodes.get(node)?.path))
+    }
+
+    /// Gives the guest a reference to what `name` in `parent` is.
+    ///
+    /// # Errors
+    /// EINVAL for a bad name, ENFILE if the guest knows too many files, the system calls'.
+    pub fn lookup(&mut self, parent: u64, name: &CStr) -> Result<Entry, Errno> {
+        component(name)?;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let directory = self.nodes.get(parent)?;
+        let path = openat2(&directory.path, name, flags, Mode::empty(), resolve).map_err(out_of_descriptors)?;
+        let stat = examine(&path)?;
+        let entry_timeout = self.timeout(parent)?;
+        let inode = self.nodes.enter(path, key(&stat), kind(&stat))?;
+        let attr_timeout = self.timeout(inode)?;
+        Ok(Entry { inode, generation: 0, attr: attributes(&stat), attr_flags: 0, attr_timeout, entry_timeout })
+    }
+
+    /// How long the guest may believe the attributes of `node` and, if it is a directory, what names are in it.
+    ///
+    /// # Errors
+    /// ESTALE if there is no such node.
+    pub fn timeout(&self, node: u64) -> Result<Duration, Errno> {
+        let shims = self.nodes.on_root_mount(&self.nodes.get(node)?.key);
+        Ok(if shims { Duration::ZERO } else { CACHED })
+    }
+
+    /// Takes references back.
+    pub fn forget(&mut self, node: u64, count: u64) {
+        if self.nodes.forget(node, count) {
+            self.files.forget(node);
+        }
+    }
+
+    /// A regular file, open.
+    ///
+    /// # Errors
+    /// ESTALE, those of [`OpenFiles::get`].
+    pub fn file(&mut self, node: u64, access: Access) -> Result<&mut File, Errno> {
+        self.files.get(node, self.nodes.get(node)?, access, &self.proc_fds)
+    }
+
+    /// Opens a directory and returns its handle.
+    ///
+    /// # Errors
+    /// ENFILE if too many are open, ENOTDIR, ESTALE, the system call's.
+    pub fn open_directory(&mut self, node: u64) -> Result<u64, Errno> {
+        if self.directories.len() >= MAX_DIRECTORIES {
+            return Err(Errno::NFILE);
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let directory = reopen(self.nodes.get(node)?, flags, &self.proc_fds)?;
+        let handle = self.next_handle;
+        self.next_handle += 1;
+        self.directories.insert(handle, (node, directory));
+        Ok(handle)
+    }
+
+    /// Closes a directory.
+    ///
+    /// # Errors
+    /// EBADF if the handle is not one of this node.
+    pub fn close_directory(&mut self, node: u64, handle: u64) -> Result<(), Errno> {
+        self.directory(node, handle)?;
+        self.directories.remove(&handle);
+        Ok(())
+    }
+
+    /// An open directory.
+    ///
+    /// # Errors
+    /// EBADF if the handle is not one of this node.
+    pub fn directory(&self, node: u64, handle: u64) -> Result<&File, Errno> {
+        match self.directories.get(&handle) {
+            Some((of, directory)) if *of == node => Ok(directory),
+            _ => Err(Errno::BADF),
+        }
+    }
+}
+
+/// Opens the process's table of descriptors; before the jail, which has no /proc.
+///
+/// # Errors
+/// The system call's.
+pub fn open_proc_fds() -> Result<OwnedFd, Errno> {
+    openat(CWD, c"/proc/self/fd", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Checks that a name is one.
+///
+/// # Errors
+/// EINVAL if it could lead anywhere but into its directory.
+pub fn component(name: &CStr) -> Result<(), Errno> {
+    match name.to_bytes() {
+        b"" | b"." | b".." => Err(Errno::INVAL),
+        bytes if bytes.contains(&b'/') => Err(Errno::INVAL),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_a_path_is_refused() {
+        for bad in [c"", c".", c"..", c"/", c"/etc", c"a/b", c"a/", c"../x"] {
+            assert_eq!(component(bad), Err(Errno::INVAL), "{bad:?}");
+        }
+        for good in [c"a", c"...", c"..a", c" ", c"-rf", c"\xff\xfe", c"a\\b"] {
+            assert_eq!(component(good), Ok(()), "{good:?}");
+        }
+    }
+}
