@@ -87,9 +87,8 @@ async fn ten_execs_at_once_each_have_their_own_output_and_code() {
             (n, pod.run_exec("c", &format!("e{n}"), &exec_shell(&script)).await)
         }
     };
-    let (a, b, c, d, e, f, g, h, i, j) = tokio::join!(
-        one(0), one(1), one(2), one(3), one(4), one(5), one(6), one(7), one(8), one(9)
-    );
+    let (a, b, c, d, e, f, g, h, i, j) =
+        tokio::join!(one(0), one(1), one(2), one(3), one(4), one(5), one(6), one(7), one(8), one(9));
     for (n, output) in [a, b, c, d, e, f, g, h, i, j] {
         assert_eq!(output.status, n);
         assert_eq!((output.stdout, output.stderr), (format!("out{n}\n"), format!("err{n}\n")));
@@ -134,7 +133,10 @@ async fn signals_reach_a_handler_and_kill_without_one() {
     pod.start_process("c", "e").await.unwrap();
     pod.kill("c", "e", libc::SIGRTMAX(), false).await.unwrap();
     assert_eq!(pod.wait("c", "e").await.unwrap().exit_status, 128 + libc::SIGRTMAX() as u32);
-    assert_eq!(status(pod.kill("c", "e", libc::SIGTERM, false).await), (Code::NOT_FOUND, "c: process already finished".into()));
+    assert_eq!(
+        status(pod.kill("c", "e", libc::SIGTERM, false).await),
+        (Code::NOT_FOUND, "c: process already finished".into())
+    );
     assert_eq!(status(pod.kill("c", "", 65, false).await).0, Code::INVALID_ARGUMENT);
     assert_eq!(status(pod.kill("x", "", 9, false).await).0, Code::NOT_FOUND);
 }

@@ -13,7 +13,8 @@ use std::{
 
 use caisson_protos::{
     agent::{
-        ContainerRequest, CreateRequest, ExecRequest, KillRequest, ProcessRequest, ResizePtyRequest, Stdio, WaitResponse,
+        ContainerRequest, CreateRequest, ExecRequest, KillRequest, ProcessRequest, ResizePtyRequest, Stdio,
+        WaitResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -76,7 +77,19 @@ impl Pod {
         let script = "set -e; cd \"$1\"; mount -t proc proc /proc; mount --bind \"$2\" cgroup; cp \"$3\" agent; \
                       mount --bind agent agent; mount -o remount,bind,ro agent; exec \"$1/agent\" \"$1\"";
         let agent = Command::new("unshare")
-            .args(["--pid", "--fork", "--mount", "--propagation", "private", "--kill-child", "--", "/bin/sh", "-c", script, "sh"])
+            .args([
+                "--pid",
+                "--fork",
+                "--mount",
+                "--propagation",
+                "private",
+                "--kill-child",
+                "--",
+                "/bin/sh",
+                "-c",
+                script,
+                "sh",
+            ])
             .args([path, cgroup.as_path(), Path::new(env!("CARGO_BIN_EXE_caisson-agent-local"))])
             .stdin(StdStdio::null())
             .spawn()
@@ -242,7 +255,10 @@ impl Pod {
 impl Drop for Pod {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("--- the agent's log\n{}", fs::read_to_string(self.directory.path().join("log")).unwrap_or_default());
+            eprintln!(
+                "--- the agent's log\n{}",
+                fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+            );
         }
         // PID 1 of the namespace dies with it and takes everything along.
         let _ = self.agent.kill();
@@ -280,7 +296,8 @@ fn make_rootfs(root: &Path) {
     for tool in TOOLS.split_whitespace() {
         symlink("busybox", root.join("bin").join(tool)).unwrap();
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n").unwrap();
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
+        .unwrap();
     fs::write(root.join("etc/group"), "root:x:0:\nuser:x:1000:\n").unwrap();
 }
 
@@ -300,8 +317,20 @@ pub async fn read_all(stream: Option<UnixStream>) -> String {
 /// What containerd's default specification says, with this program.
 pub fn spec(args: &[&str]) -> Value {
     let capabilities = json!([
-        "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-        "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_KILL",
+        "CAP_AUDIT_WRITE",
     ]);
     json!({
         "ociVersion": "1.0.2-dev",
