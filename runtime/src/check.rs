@@ -6,6 +6,8 @@ use std::{
     process::Command,
 };
 
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
 use crate::{
     config::Config,
     host::{check_kvm, open_initramfs, open_kernel},
@@ -13,8 +15,6 @@ use crate::{
 
 /// The oldest containerd whose shim interface is spoken here.
 const OLDEST_CONTAINERD: (u32, u32) = (1, 6);
-/// The magic number of a cgroup v2 file system (CGROUP2_SUPER_MAGIC in linux/magic.h).
-const CGROUP2: i64 = 0x6367_7270;
 
 type Outcome = Result<String, String>;
 
@@ -86,8 +86,8 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
 
 fn cgroup2() -> Outcome {
     let place = "/sys/fs/cgroup";
-    match nix::sys::statfs::statfs(place) {
-        Ok(statfs) if statfs.filesystem_type().0 == CGROUP2 => Ok(format!("version 2 at {place}")),
+    match statfs(place) {
+        Ok(statfs) if statfs.filesystem_type() == CGROUP2_SUPER_MAGIC => Ok(format!("version 2 at {place}")),
         Ok(_) => Err(format!("{place} is not cgroup v2: boot with systemd.unified_cgroup_hierarchy=1")),
         Err(error) => Err(format!("{place}: {error}: mount cgroup v2 there")),
     }

@@ -36,7 +36,9 @@ pub(super) fn prepare(plan: &InitPlan) -> Result<Root, Failure> {
         .trying(|| "make the mounts private".into())?;
     let null =
         openat(CWD, "/dev/null", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).trying(|| "find /dev/null".into())?;
-    let null = clone_tree(null.as_fd(), false).trying(|| "keep /dev/null".into())?;
+    // One for each masked path, now: before Linux 6.15 a mount that is attached nowhere cannot be cloned.
+    let nulls = plan.view.masked_paths.iter().map(|_| clone_tree(null.as_fd(), false));
+    let nulls: Vec<OwnedFd> = nulls.collect::<Result<_, _>>().trying(|| "keep /dev/null".into())?;
     let root = enter_root(plan)?;
 
     // What is made from here on has exactly the mode that it asks for.
@@ -52,8 +54,8 @@ pub(super) fn prepare(plan: &InitPlan) -> Result<Root, Failure> {
     for path in &view.readonly_paths {
         make_read_only(&root, path).trying(|| format!("linux.readonlyPaths: {}", path.display()))?;
     }
-    for path in &view.masked_paths {
-        mask(&root, path, &null).trying(|| format!("linux.maskedPaths: {}", path.display()))?;
+    for (path, null) in view.masked_paths.iter().zip(&nulls) {
+        mask(&root, path, null).trying(|| format!("linux.maskedPaths: {}", path.display()))?;
     }
     make_working_directory(&root, &plan.process.cwd)?;
     if view.readonly_root {
@@ -108,17 +110,17 @@ fn make_read_only(root: &Root, path: &Path) -> std::io::Result<()> {
     Ok(attach(copy.as_fd(), place.as_fd())?)
 }
 
+/// `null` is a mount of the null device of its own.
 fn mask(root: &Root, path: &Path, null: &OwnedFd) -> std::io::Result<()> {
     let place = match root.find(path) {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
         place => place?,
     };
-    let cover = if rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&place)?.st_mode).is_dir() {
-        super::mounts::empty_directory()?
-    } else {
-        clone_tree(null.as_fd(), false)?
-    };
-    Ok(attach(cover.as_fd(), place.as_fd())?)
+    if rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&place)?.st_mode).is_dir() {
+        let cover = super::mounts::empty_directory()?;
+        return Ok(attach(cover.as_fd(), place.as_fd())?);
+    }
+    Ok(attach(null.as_fd(), place.as_fd())?)
 }
 
 fn make_working_directory(root: &Root, cwd: &Path) -> Result<(), Failure> {
