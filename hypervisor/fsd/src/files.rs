@@ -44,9 +44,10 @@ impl OpenFiles {
     /// # Errors
     /// EISDIR or EINVAL for what is not a regular file; the system call's.
     pub fn get(&mut self, id: u64, node: &Node, access: Access, proc_fds: impl AsFd) -> Result<&mut File, Errno> {
+        let open = self.is_open(id, access);
         // A remainder below SLOTS.
         let slot = self.slots.get_mut(id as usize % SLOTS).ok_or(Errno::INVAL)?;
-        if !slot.as_ref().is_some_and(|(of, with, _)| *of == id && *with >= access) {
+        if !open {
             let flags = match access {
                 Access::Read => OFlags::RDONLY,
                 Access::Write => OFlags::RDWR,
@@ -54,6 +55,12 @@ impl OpenFiles {
             *slot = Some((id, access, reopen(node, flags, proc_fds)?));
         }
         slot.as_mut().map(|(_, _, file)| file).ok_or(Errno::INVAL)
+    }
+
+    /// Whether node `id` is open for at least `access`.
+    pub fn is_open(&self, id: u64, access: Access) -> bool {
+        let slot = self.slots.get(id as usize % SLOTS).and_then(Option::as_ref);
+        slot.is_some_and(|(of, with, _)| *of == id && *with >= access)
     }
 
     /// Keeps a file that was just created.

@@ -116,8 +116,8 @@ impl FileSystem for Service {
     }
 
     fn getattr(&self, _: &Context, node: u64, _: Option<u64>) -> io::Result<(stat64, Duration)> {
-        let tree = self.tree();
-        let stat = examine(&tree.nodes.get(node)?.path)?;
+        let mut tree = self.tree();
+        let stat = tree.identify(node)?;
         Ok((attributes(&stat), tree.timeout(node)?))
     }
 
@@ -200,9 +200,14 @@ impl FileSystem for Service {
     fn rename(&self, _: &Context, from: u64, name: &CStr, to: u64, new_name: &CStr, flags: u32) -> io::Result<()> {
         component(name)?;
         component(new_name)?;
-        let tree = self.tree();
+        let mut tree = self.tree();
+        let linked = tree.linked_node(from, name);
         let (from, to) = (&tree.nodes.get(from)?.path, &tree.nodes.get(to)?.path);
-        Ok(renameat_with(from, name, to, new_name, RenameFlags::from_bits_retain(flags))?)
+        renameat_with(from, name, to, new_name, RenameFlags::from_bits_retain(flags))?;
+        if let Some(node) = linked {
+            tree.identify(node)?;
+        }
+        Ok(())
     }
 
     fn link(&self, _: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -211,6 +216,7 @@ impl FileSystem for Service {
         let directory = &tree.nodes.get(parent)?.path;
         // By way of /proc: linking a descriptor itself (AT_EMPTY_PATH) needs CAP_DAC_READ_SEARCH.
         linkat(tree.proc_fds(), tree.proc_name(node)?, directory, name, AtFlags::SYMLINK_FOLLOW)?;
+        tree.identify(node)?;
         Ok(tree.lookup(parent, name)?)
     }
 
@@ -305,8 +311,9 @@ impl FileSystem for Service {
     }
 
     fn setxattr(&self, _: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        let path = self.tree().proc_name(node)?;
-        Ok(setxattr(path, name, value, XattrFlags::from_bits_retain(flags))?)
+        let mut tree = self.tree();
+        setxattr(tree.proc_name(node)?, name, value, XattrFlags::from_bits_retain(flags))?;
+        Ok(tree.identify(node).map(drop)?)
     }
 
     fn getxattr(&self, _: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
@@ -332,8 +339,9 @@ impl FileSystem for Service {
     }
 
     fn removexattr(&self, _: &Context, node: u64, name: &CStr) -> io::Result<()> {
-        let path = self.tree().proc_name(node)?;
-        Ok(removexattr(path, name)?)
+        let mut tree = self.tree();
+        removexattr(tree.proc_name(node)?, name)?;
+        Ok(tree.identify(node).map(drop)?)
     }
 
     fn opendir(&self, _: &Context, node: u64, _: u32) -> io::Result<(Option<u64>, OpenOptions)> {

@@ -12,7 +12,8 @@
 //!   process starts, in the mount namespace in which it starts it;
 //! - mount everything below it nosuid, nodev and noexec. That changes nothing for the guest, whose own kernel runs programs
 //!   and opens devices; it makes a device node or setuid program that the guest leaves there harmless on the host;
-//! - unmount with MNT_DETACH: as long as the guest remembers a file of a mount, that mount is busy here.
+//! - unmount with MNT_DETACH: as long as the guest remembers a file of a mount, that mount is busy here;
+//! - allow as many descriptors (the hard RLIMIT_NOFILE) as the guest may remember files, 1048576 at best.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -34,8 +35,8 @@ use rustix::{
 
 use crate::{identity::CAPABILITIES, tree::open_proc_fds};
 
-/// Descriptors that we try for: what Linux allows a process by default (fs.nr_open).
-const WANTED_DESCRIPTORS: u64 = 1 << 20;
+/// What Linux allows a process by default (fs.nr_open). A guest that remembers so many files uses over 1 GiB for it.
+const MAX_DESCRIPTORS: u64 = 1 << 20;
 
 /// What is left of the world inside.
 pub struct Jail {
@@ -75,16 +76,11 @@ pub fn check_directory(directory: impl AsFd) -> Result<()> {
     Ok(())
 }
 
+/// As many descriptors as whoever started us allows, up to what is of use.
 fn raise_descriptor_limit() -> u64 {
-    let now = getrlimit(Resource::Nofile);
-    let wanted = Rlimit { current: Some(WANTED_DESCRIPTORS), maximum: Some(WANTED_DESCRIPTORS) };
-    if now.maximum.is_some_and(|maximum| maximum < WANTED_DESCRIPTORS) && setrlimit(Resource::Nofile, wanted).is_ok() {
-        return WANTED_DESCRIPTORS;
-    }
-    // More than that would only cost the host memory.
-    let limit = now.maximum.map_or(WANTED_DESCRIPTORS, |maximum| maximum.min(WANTED_DESCRIPTORS));
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum: Some(limit) });
-    getrlimit(Resource::Nofile).current.unwrap_or(limit)
+    let allowed = getrlimit(Resource::Nofile).maximum.map_or(MAX_DESCRIPTORS, |maximum| maximum.min(MAX_DESCRIPTORS));
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), maximum: Some(allowed) });
+    getrlimit(Resource::Nofile).current.unwrap_or(allowed)
 }
 
 fn enter_namespace(shared: &OwnedFd) -> Result<()> {

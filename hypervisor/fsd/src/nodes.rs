@@ -2,7 +2,11 @@
 //!
 //! A node is an `O_PATH` descriptor, which names a file without opening it: it follows renames, it outlives an unlink, and
 //! since it pins the inode, (mount, device, inode number) stays unique for as long as the node lives, so that all
-//! hard links of a file are one node. The guest counts its references; at zero the node goes, and its number is never given again.
+//! hard links of a file are one node. The guest counts its references; at zero the node goes, and its number is never given
+//! again.
+//!
+//! One file system changes a live file's identity: overlayfs, without an index, gives a hard-linked file of the image a
+//! new inode number of its own at the first change, and leaves the other links behind with the old one ([`Nodes::rekey`]).
 
 use std::{collections::HashMap, os::fd::OwnedFd};
 
@@ -85,6 +89,24 @@ impl Nodes {
         Ok(id)
     }
 
+    /// The number of the node with this identity.
+    pub fn find(&self, key: &Key) -> Option<u64> {
+        self.by_key.get(key).copied()
+    }
+
+    /// Notes a node's present identity.
+    pub fn rekey(&mut self, id: u64, key: Key) {
+        let Some(node) = self.by_id.get_mut(&id) else { return };
+        if node.key == key {
+            return;
+        }
+        let old = std::mem::replace(&mut node.key, key);
+        if self.by_key.get(&old) == Some(&id) {
+            self.by_key.remove(&old);
+        }
+        self.by_key.insert(key, id);
+    }
+
     /// Takes `count` references back; true if the node is gone. The root always stays.
     pub fn forget(&mut self, id: u64, count: u64) -> bool {
         let Some(node) = self.by_id.get_mut(&id) else { return false };
@@ -96,8 +118,11 @@ impl Nodes {
             return false;
         }
         let key = node.key;
-        self.by_key.remove(&key);
         self.by_id.remove(&id);
+        // After a rekey the identity may be another node's.
+        if self.by_key.get(&key) == Some(&id) {
+            self.by_key.remove(&key);
+        }
         true
     }
 
@@ -147,6 +172,20 @@ mod tests {
         assert_eq!(nodes.enter(any_file(), key(1), FileType::RegularFile), Ok(first));
         assert!(nodes.forget(first, 2));
         assert!(nodes.enter(any_file(), key(3), FileType::RegularFile).is_ok());
+    }
+
+    #[test]
+    fn a_file_with_a_new_identity_is_found_by_it_and_leaves_the_old_one_to_others() {
+        let mut nodes = nodes(9);
+        let first = nodes.enter(any_file(), key(1), FileType::RegularFile).unwrap();
+        nodes.rekey(first, key(2));
+        assert_eq!(nodes.enter(any_file(), key(2), FileType::RegularFile), Ok(first));
+        let other = nodes.enter(any_file(), key(1), FileType::RegularFile).unwrap();
+        assert_ne!(other, first);
+        nodes.rekey(other, key(2));
+        assert!(nodes.forget(first, 2));
+        assert_eq!(nodes.find(&key(2)), Some(other));
+        assert_eq!(nodes.find(&key(1)), None);
     }
 
     #[test]

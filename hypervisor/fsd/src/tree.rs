@@ -20,7 +20,7 @@ use std::{
 
 use fuse_backend_rs::api::filesystem::Entry;
 use rustix::{
-    fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Statx, openat, openat2},
     io::Errno,
     path::DecInt,
 };
@@ -88,16 +88,44 @@ impl Tree {
     /// # Errors
     /// EINVAL for a bad name, ENFILE if the guest knows too many files, the system calls'.
     pub fn lookup(&mut self, parent: u64, name: &CStr) -> Result<Entry, Errno> {
+        let (path, stat) = self.find(parent, name)?;
+        if let Some(known) = self.nodes.find(&key(&stat))
+            && stat.stx_nlink > 1
+        {
+            // That node may have left this identity behind.
+            self.identify(known)?;
+        }
+        let entry_timeout = self.timeout(parent)?;
+        let inode = self.nodes.enter(path, key(&stat), kind(&stat))?;
+        let attr_timeout = self.timeout(inode)?;
+        Ok(Entry { inode, generation: 0, attr: attributes(&stat), attr_flags: 0, attr_timeout, entry_timeout })
+    }
+
+    /// What `name` in `parent` is, for a look.
+    fn find(&self, parent: u64, name: &CStr) -> Result<(OwnedFd, Statx), Errno> {
         component(name)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         let directory = self.nodes.get(parent)?;
         let path = openat2(&directory.path, name, flags, Mode::empty(), resolve).map_err(out_of_descriptors)?;
         let stat = examine(&path)?;
-        let entry_timeout = self.timeout(parent)?;
-        let inode = self.nodes.enter(path, key(&stat), kind(&stat))?;
-        let attr_timeout = self.timeout(inode)?;
-        Ok(Entry { inode, generation: 0, attr: attributes(&stat), attr_flags: 0, attr_timeout, entry_timeout })
+        Ok((path, stat))
+    }
+
+    /// Looks at a node, and notes if its identity has changed.
+    ///
+    /// # Errors
+    /// ESTALE if there is no such node, the system call's.
+    pub fn identify(&mut self, node: u64) -> Result<Statx, Errno> {
+        let stat = examine(&self.nodes.get(node)?.path)?;
+        self.nodes.rekey(node, key(&stat));
+        Ok(stat)
+    }
+
+    /// The node of `name` in `parent` if it may get another identity when it is renamed.
+    pub fn linked_node(&self, parent: u64, name: &CStr) -> Option<u64> {
+        let (_, stat) = self.find(parent, name).ok()?;
+        if stat.stx_nlink > 1 && kind(&stat) != FileType::Directory { self.nodes.find(&key(&stat)) } else { None }
     }
 
     /// How long the guest may believe the attributes of `node` and, if it is a directory, what names are in it.
@@ -121,6 +149,11 @@ impl Tree {
     /// # Errors
     /// ESTALE, those of [`OpenFiles::get`].
     pub fn file(&mut self, node: u64, access: Access) -> Result<&mut File, Errno> {
+        if access == Access::Write && !self.files.is_open(node, access) {
+            // Opening it may give it another identity.
+            self.files.get(node, self.nodes.get(node)?, access, &self.proc_fds)?;
+            self.identify(node)?;
+        }
         self.files.get(node, self.nodes.get(node)?, access, &self.proc_fds)
     }
 

@@ -170,12 +170,12 @@ pub struct Dirent {
 }
 
 /// Starts the program on arbitrary descriptors.
-pub fn start(socket: Option<&OwnedFd>, root: Option<&OwnedFd>, arguments: &[&str]) -> Child {
+pub fn start(socket: Option<&OwnedFd>, root: Option<&OwnedFd>, arguments: &[&str], descriptors: Option<u64>) -> Child {
     let pass: Vec<(i32, i32)> =
         [(socket, 3), (root, 4)].into_iter().filter_map(|(fd, to)| Some((fd?.as_raw_fd(), to))).collect();
     let mut command = Command::new(env!("CARGO_BIN_EXE_caisson-fsd"));
     command.args(arguments).stdin(Stdio::null()).stderr(Stdio::piped());
-    // SAFETY: only dup2 and close, which are async-signal-safe.
+    // SAFETY: only system calls that are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
             // Out of the way first: one's place may be the other's number.
@@ -186,6 +186,12 @@ pub fn start(socket: Option<&OwnedFd>, root: Option<&OwnedFd>, arguments: &[&str
                     return Err(std::io::Error::last_os_error());
                 }
                 libc::close(from);
+            }
+            if let Some(limit) = descriptors {
+                let limit = libc::rlimit { rlim_cur: limit.min(1024), rlim_max: limit };
+                if libc::setrlimit(libc::RLIMIT_NOFILE, &limit) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
             }
             Ok(())
         });
@@ -202,6 +208,11 @@ impl Client {
     }
 
     pub fn unready(stage: &Stage) -> Self {
+        Self::limited(stage, None)
+    }
+
+    /// With at most so many descriptors.
+    pub fn limited(stage: &Stage, descriptors: Option<u64>) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         for end in [&ours, &theirs] {
@@ -209,8 +220,13 @@ impl Client {
         }
         let root =
             openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        let child = start(Some(&theirs), Some(&root), &["--socket-fd", "3", "--root-fd", "4"]);
+        let child = start(Some(&theirs), Some(&root), &["--socket-fd", "3", "--root-fd", "4"], descriptors);
         Self { socket: ours, child, unique: 0, uid: 0, gid: 0 }
+    }
+
+    /// A program that somebody else started.
+    pub fn adopt(socket: OwnedFd, child: Child) -> Self {
+        Self { socket, child, unique: 0, uid: 0, gid: 0 }
     }
 
     /// INIT as Linux 6.1 sends it; returns flags, max_write and max_pages.
