@@ -344,5 +344,7 @@ fn configuration(directory: &Path) -> Configuration {
         .set("state_dir", quoted(directory.join("caisson")))
         .set("log_level", "\"info\"")
         .set("monitor", quoted(bin.join("caisson-vmm")))
+        // A boot of a second takes half a minute where the processors are emulated and shared.
+        .set("boot_timeout_s", "150")
         .set("file_server", quoted(bin.join("caisson-fsd")))
 }
