@@ -148,6 +148,8 @@ impl MachineHandle {
 
 /// The processes and descriptors of a machine that was just launched.
 pub struct Launched {
+    /// When caisson-vmm was spawned ([`now_ns`]).
+    pub spawned_ns: u64,
     /// caisson-vmm.
     pub vmm: Child,
     /// caisson-fsd.
@@ -186,7 +188,8 @@ pub async fn supervise(
 }
 
 async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline: &Timeline, log: &Logger) -> String {
-    let Launched { mut vmm, mut fsd, control, guest_streams, console, dialer } = launched;
+    let Launched { spawned_ns, mut vmm, mut fsd, control, guest_streams, console, dialer } = launched;
+    timeline.mark_at(Stage::VmmSpawned, spawned_ns);
     if let Some(console) = console {
         tokio::spawn(log_console(console, log.clone()));
     }

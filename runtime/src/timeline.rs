@@ -9,6 +9,8 @@ use slog::{KV, Key, Logger, Record, Serializer, info};
 /// The stages, in the order in which they usually come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
+    /// caisson-vmm was spawned, a moment before.
+    VmmSpawned,
     /// The shim answers containerd.
     ShimStart,
     /// The vCPUs run.
@@ -25,7 +27,8 @@ pub enum Stage {
     FirstOutput,
 }
 
-const KEYS: [Key; 7] = [
+const KEYS: [Key; 8] = [
+    "vmm_spawned_us",
     "shim_start_us",
     "vm_started_us",
     "kernel_us",
