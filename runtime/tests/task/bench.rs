@@ -1,0 +1,248 @@
+//! A pod on a played guest, served to a ttrpc client as containerd is one, with containerd's events service beside it.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use caisson_runtime::{
+    dial::Dialer,
+    events::{Destination, Publisher},
+    machine::{Machine, MachineHandle, MachineOwner, MachineState, machine},
+    paths::PodPaths,
+    pod::Pod,
+    service,
+    share::{Share, enter_mount_namespace},
+    timeline::{Timeline, now_ns},
+};
+use containerd_shim_protos::{
+    api::{
+        CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+        Mount, StartRequest, StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
+    },
+    events::task::TaskExit,
+    shim::events::ForwardRequest,
+    shim_async::{Events, TaskClient, create_events},
+};
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use protobuf::{Message, well_known_types::any::Any};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::{io::AsyncReadExt, net::unix::pipe::OpenOptions, time::timeout};
+use ttrpc::{
+    Code,
+    asynchronous::{Client, Server, TtrpcContext},
+    context::{Context, with_duration},
+};
+
+use crate::guest::{self, Guest};
+
+/// How long any one thing may take before the test gives up on it.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+#[derive(Default)]
+struct Containerd(Mutex<Vec<(String, Any)>>);
+
+#[async_trait]
+impl Events for Containerd {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        let envelope = request.envelope.unwrap();
+        assert_eq!(envelope.namespace, "ns");
+        self.0.lock().unwrap().push((envelope.topic, envelope.event.unwrap()));
+        Ok(Empty::new())
+    }
+}
+
+/// Everything of one test.
+pub struct Bench {
+    pub task: TaskClient,
+    pub client: Client,
+    pub guest: Arc<Guest>,
+    pub pod: Arc<Pod>,
+    owner: Arc<MachineOwner>,
+    publisher: Publisher,
+    containerd: Arc<Containerd>,
+    paths: PodPaths,
+    directory: TempDir,
+    _servers: Vec<Server>,
+}
+
+pub fn within() -> Context {
+    with_duration(LIMIT)
+}
+
+/// The code and words of a refusal.
+pub fn refusal<T>(result: ttrpc::Result<T>) -> (Code, String) {
+    match result {
+        Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message().to_owned()),
+        Err(other) => panic!("no status: {other}"),
+        Ok(_) => panic!("it was not refused"),
+    }
+}
+
+impl Bench {
+    /// A pod whose machine is ready.
+    pub async fn new() -> Self {
+        let bench = Self::booting().await;
+        let dialer = Arc::new(Dialer::new(bench.directory.path()).unwrap());
+        let machine = Machine::connect(dialer, 4711).await.unwrap();
+        bench.owner.set(MachineState::Ready(Arc::new(machine)));
+        bench
+    }
+
+    /// A pod whose machine is still on its way.
+    pub async fn booting() -> Self {
+        enter_mount_namespace().expect("these tests run as root");
+        let directory = tempfile::tempdir().unwrap();
+        let (guest, agent) = guest::serve(directory.path()).await;
+        let paths = PodPaths::new(&directory.path().join("state"), "ns", "pod");
+        paths.create().unwrap();
+        let share = Share::mount(&paths).unwrap();
+
+        let containerd = Arc::new(Containerd::default());
+        let events = directory.path().join("events.sock").display().to_string();
+        let service = create_events(Arc::clone(&containerd) as Arc<dyn Events + Send + Sync>);
+        let mut events_server = Server::new().bind(&format!("unix://{events}")).unwrap().register_service(service);
+        events_server.start().await.unwrap();
+
+        let log = caisson_log::logger("shim", std::io::sink(), slog::Level::Debug);
+        let (handle, owner): (MachineHandle, MachineOwner) = machine();
+        let owner = Arc::new(owner);
+        let stopper = Arc::clone(&owner);
+        tokio::spawn(async move {
+            stopper.stop_wanted().await;
+            stopper.set(MachineState::Lost("the machine was stopped".into()));
+        });
+        let publisher = Publisher::start(Destination::Ttrpc(events), "ns", log.clone());
+        let timeline = Arc::new(Timeline::new(now_ns()));
+        let pod = Pod::new(handle, Some(share), None, publisher.clone(), timeline, log);
+        let socket = format!("unix://{}", directory.path().join("task.sock").display());
+        let mut server = Server::new().bind(&socket).unwrap().register_service(service::services(&pod));
+        server.start().await.unwrap();
+        let client = Client::connect(&socket).await.unwrap();
+        let servers = vec![agent, events_server, server];
+        let task = TaskClient::new(client.clone());
+        Self { task, client, guest, pod, owner, publisher, containerd, paths, directory, _servers: servers }
+    }
+
+    /// The machine ends.
+    pub fn lose_machine(&self, reason: &str) {
+        self.owner.set(MachineState::Lost(reason.into()));
+    }
+
+    /// What a pod's directories hold: names below shared/.
+    pub fn shared(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.paths.shared()).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    pub fn pod_directory_exists(&self) -> bool {
+        self.paths.pod().exists()
+    }
+
+    /// Waits until containerd has every event; topic, container or exec id, exit status.
+    pub async fn events(&self) -> Vec<String> {
+        self.publisher.flush(LIMIT).await;
+        let events = self.containerd.0.lock().unwrap();
+        let line = |(topic, event): &(String, Any)| match topic.as_str() {
+            "/tasks/exit" => {
+                let exit = TaskExit::parse_from_bytes(&event.value).unwrap();
+                format!("{topic} {} {}", exit.id, exit.exit_status)
+            }
+            _ => topic.clone(),
+        };
+        events.iter().map(line).collect()
+    }
+
+    pub fn fifo(&self, name: &str) -> String {
+        let path = self.directory.path().join(name);
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        path.display().to_string()
+    }
+
+    fn process(args: &[&str]) -> serde_json::Value {
+        json!({ "user": { "uid": 0, "gid": 0 }, "args": args, "cwd": "/" })
+    }
+
+    /// A bundle with a root that is a bind mount of a directory, and a request to create it.
+    pub fn request(&self, id: &str, args: &[&str]) -> CreateTaskRequest {
+        let bundle: PathBuf = self.directory.path().join("bundles").join(id);
+        let layer = bundle.join("layer");
+        fs::create_dir_all(&layer).unwrap();
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "process": Self::process(args),
+            "root": { "path": "rootfs" },
+            "linux": { "namespaces": [
+                { "type": "mount" }, { "type": "pid" }, { "type": "network" }, { "type": "ipc" }
+            ] },
+        });
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        let mount = Mount {
+            type_: "bind".into(),
+            source: layer.display().to_string(),
+            options: vec!["rbind".into(), "rw".into()],
+            ..Mount::default()
+        };
+        CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.display().to_string(),
+            rootfs: vec![mount],
+            ..CreateTaskRequest::default()
+        }
+    }
+
+    pub async fn create(&self, request: &CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        self.task.create(within(), request).await
+    }
+
+    pub async fn start(&self, id: &str, exec: &str) -> ttrpc::Result<StartResponse> {
+        let request = StartRequest { id: id.into(), exec_id: exec.into(), ..StartRequest::default() };
+        self.task.start(within(), &request).await
+    }
+
+    pub async fn exec(&self, id: &str, exec: &str, args: &[&str], stdout: &str) -> ttrpc::Result<Empty> {
+        let value = Self::process(args).to_string().into_bytes();
+        let request = ExecProcessRequest {
+            id: id.into(),
+            exec_id: exec.into(),
+            stdout: stdout.into(),
+            spec: protobuf::MessageField::some(Any { value, ..Any::default() }),
+            ..ExecProcessRequest::default()
+        };
+        self.task.exec(within(), &request).await
+    }
+
+    pub async fn wait(&self, id: &str, exec: &str) -> ttrpc::Result<WaitResponse> {
+        let request = WaitRequest { id: id.into(), exec_id: exec.into(), ..WaitRequest::default() };
+        self.task.wait(within(), &request).await
+    }
+
+    pub async fn kill(&self, id: &str, exec: &str, signal: u32) -> ttrpc::Result<Empty> {
+        let request = KillRequest { id: id.into(), exec_id: exec.into(), signal, ..KillRequest::default() };
+        self.task.kill(within(), &request).await
+    }
+
+    pub async fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<DeleteResponse> {
+        let request = DeleteRequest { id: id.into(), exec_id: exec.into(), ..DeleteRequest::default() };
+        self.task.delete(within(), &request).await
+    }
+
+    pub async fn state(&self, id: &str, exec: &str) -> ttrpc::Result<StateResponse> {
+        let request = StateRequest { id: id.into(), exec_id: exec.into(), ..StateRequest::default() };
+        self.task.state(within(), &request).await
+    }
+}
+
+/// Reads a FIFO to its end, as a client does. Call it before the other side opens the FIFO.
+pub fn reader(path: &str) -> tokio::task::JoinHandle<Vec<u8>> {
+    let mut fifo = OpenOptions::new().open_receiver(path).unwrap();
+    tokio::spawn(async move {
+        let mut bytes = Vec::new();
+        timeout(LIMIT, fifo.read_to_end(&mut bytes)).await.expect("the FIFO ends").unwrap();
+        bytes
+    })
+}

@@ -1,0 +1,225 @@
+//! The guest's half of a pod without a machine: a monitor that speaks CONNECT on a Unix socket, and an agent that serves the
+//! real protocol and runs a few programs that it only plays.
+//!
+//! | program         | what it does                                                    |
+//! |-----------------|-----------------------------------------------------------------|
+//! | `echo WORDS`    | writes them to stdout, `to stderr` to stderr, exits with 0      |
+//! | `cat`           | copies stdin to stdout until its end, exits with 0              |
+//! | `sleep`         | waits for a signal                                              |
+//! | `flood`         | writes to stdout for ever, even after it was killed             |
+//! | `quick`         | exits with 7 before Start is answered                           |
+//! | `missing`       | is none                                                         |
+//! | `liar`          | exits with a status that is none, at a time that is none        |
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use async_trait::async_trait;
+use caisson_protos::{
+    agent::{
+        ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest, PidsResponse, ProcessInfo,
+        ProcessRequest, ResizePtyRequest, StartResponse, Stdio, WaitResponse,
+    },
+    agent_ttrpc::{Agent, create_agent},
+    guest::{AGENT_PORT, STDIO_PORT},
+};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::watch,
+};
+use ttrpc::{
+    Code,
+    asynchronous::{Server, TtrpcContext},
+    error::get_rpc_status,
+};
+
+type Streams = Arc<Mutex<HashMap<u32, UnixStream>>>;
+type Key = (String, String);
+
+#[derive(Clone)]
+struct Process {
+    args: Vec<String>,
+    stdio: Stdio,
+    exit: watch::Sender<Option<u32>>,
+}
+
+/// The agent, and what it was asked.
+#[derive(Default)]
+pub struct Guest {
+    streams: Streams,
+    processes: Mutex<HashMap<Key, Process>>,
+    /// Calls in order, as `Verb container/exec`.
+    pub calls: Mutex<Vec<String>>,
+}
+
+/// Serves `vsock.sock` and the agent in `directory`. The server must be kept.
+pub async fn serve(directory: &Path) -> (Arc<Guest>, Server) {
+    let guest = Arc::new(Guest::default());
+    let agent = directory.join("agent.sock");
+    let service = create_agent(Arc::clone(&guest) as Arc<dyn Agent + Send + Sync>);
+    let mut server = Server::new().bind(&format!("unix://{}", agent.display())).unwrap().register_service(service);
+    server.start().await.unwrap();
+    let listener = UnixListener::bind(directory.join("vsock.sock")).unwrap();
+    let streams = Arc::clone(&guest.streams);
+    tokio::spawn(async move {
+        let mut next_port = 1000;
+        while let Ok((stream, _)) = listener.accept().await {
+            next_port += 1;
+            tokio::spawn(accept(stream, next_port, Arc::clone(&streams), agent.clone()));
+        }
+    });
+    (guest, server)
+}
+
+async fn accept(stream: UnixStream, port: u32, streams: Streams, agent: std::path::PathBuf) {
+    // One byte at a time would do as well: the line is all that comes before the answer.
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line).await.unwrap();
+    let mut stream = reader.into_inner();
+    let wanted: u32 = line.trim().strip_prefix("CONNECT ").unwrap().parse().unwrap();
+    if wanted == STDIO_PORT {
+        // Known before it is answered for, as in the agent, which waits for the stream.
+        let answer = format!("OK {port}\n");
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        streams.lock().unwrap().insert(port, stream);
+    } else if wanted == AGENT_PORT {
+        let mut agent = UnixStream::connect(agent).await.unwrap();
+        stream.write_all(format!("OK {port}\n").as_bytes()).await.unwrap();
+        let _ = tokio::io::copy_bidirectional(&mut stream, &mut agent).await;
+    }
+}
+
+impl Guest {
+    fn note(&self, verb: &str, container: &str, exec: &str) {
+        self.calls.lock().unwrap().push(format!("{verb} {container}/{exec}"));
+    }
+
+    fn add(&self, key: Key, process: &Value, stdio: Stdio) {
+        let args = process["args"].as_array().unwrap().iter().map(|arg| arg.as_str().unwrap().to_owned()).collect();
+        self.processes.lock().unwrap().insert(key, Process { args, stdio, exit: watch::Sender::new(None) });
+    }
+
+    fn process(&self, container: &str, exec: &str) -> ttrpc::Result<Process> {
+        let key = (container.to_owned(), exec.to_owned());
+        let missing = || get_rpc_status(Code::NOT_FOUND, format!("no process {container}/{exec}"));
+        self.processes.lock().unwrap().get(&key).cloned().ok_or_else(missing)
+    }
+
+    async fn claim(&self, port: u32) -> Option<UnixStream> {
+        if port == 0 {
+            return None;
+        }
+        loop {
+            if let Some(stream) = self.streams.lock().unwrap().remove(&port) {
+                return Some(stream);
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn play(&self, process: &Process) {
+        let stdin = self.claim(process.stdio.stdin_port).await;
+        let stdout = self.claim(process.stdio.stdout_port).await;
+        let stderr = self.claim(process.stdio.stderr_port).await;
+        let (exit, args) = (process.exit.clone(), process.args.clone());
+        let play = async move {
+            let program = args[0].as_str();
+            match program {
+                "echo" => {
+                    if let Some(mut stdout) = stdout {
+                        stdout.write_all(format!("{}\n", args[1..].join(" ")).as_bytes()).await.unwrap();
+                    }
+                    if let Some(mut stderr) = stderr {
+                        stderr.write_all(b"to stderr\n").await.unwrap();
+                    }
+                    exit.send_replace(Some(0));
+                }
+                "cat" => {
+                    let mut all = Vec::new();
+                    stdin.unwrap().read_to_end(&mut all).await.unwrap();
+                    stdout.unwrap().write_all(&all).await.unwrap();
+                    exit.send_replace(Some(0));
+                }
+                "flood" => {
+                    let mut stdout = stdout.unwrap();
+                    while stdout.write_all(&[b'x'; 4096]).await.is_ok() {}
+                }
+                "quick" => drop(exit.send_replace(Some(7))),
+                "liar" => drop(exit.send_replace(Some(u32::MAX))),
+                _ => {
+                    let _ = exit.subscribe().wait_for(Option::is_some).await;
+                }
+            }
+        };
+        if process.args[0] == "quick" { play.await } else { drop(tokio::spawn(play)) }
+    }
+}
+
+#[async_trait]
+impl Agent for Guest {
+    async fn create(&self, _: &TtrpcContext, request: CreateRequest) -> ttrpc::Result<CreateResponse> {
+        self.note("Create", &request.container_id, "");
+        assert_eq!(request.rootfs, format!("{}/rootfs", request.container_id));
+        let spec: Value = serde_json::from_slice(&request.spec).unwrap();
+        self.add((request.container_id, String::new()), &spec["process"], request.stdio.unwrap());
+        Ok(CreateResponse { pid: 42, ..CreateResponse::default() })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<Empty> {
+        self.note("Exec", &request.container_id, &request.exec_id);
+        let process = serde_json::from_slice(&request.process).unwrap();
+        self.add((request.container_id, request.exec_id), &process, request.stdio.unwrap());
+        Ok(Empty::new())
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<StartResponse> {
+        self.note("Start", &request.container_id, &request.exec_id);
+        let process = self.process(&request.container_id, &request.exec_id)?;
+        if process.args[0] == "missing" {
+            process.exit.send_replace(Some(127));
+            return Err(get_rpc_status(Code::NOT_FOUND, "exec: \"missing\": no such file"));
+        }
+        self.play(&process).await;
+        Ok(StartResponse { pid: 42, ..StartResponse::default() })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let process = self.process(&request.container_id, &request.exec_id)?;
+        let mut exit = process.exit.subscribe();
+        let exit_status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        let exited_at_ns = if exit_status == u32::MAX { i64::MIN } else { 1_700_000_000_000_000_000 };
+        Ok(WaitResponse { exit_status, exited_at_ns, pid: 42, ..WaitResponse::default() })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        self.note(&format!("Kill({}, {})", request.signal, request.all), &request.container_id, &request.exec_id);
+        let process = self.process(&request.container_id, &request.exec_id)?;
+        process.exit.send_replace(Some(128 + request.signal));
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        self.note(&format!("Resize({}x{})", request.width, request.height), &request.container_id, &request.exec_id);
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<PidsResponse> {
+        let processes = self.processes.lock().unwrap();
+        let of_container = processes.keys().filter(|(container, _)| *container == request.container_id);
+        let info = |(pid, (_, exec)): (u32, &Key)| ProcessInfo { pid, exec_id: exec.clone(), ..ProcessInfo::default() };
+        Ok(PidsResponse { processes: (42..).zip(of_container).map(info).collect(), ..PidsResponse::default() })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        self.note("Delete", &request.container_id, &request.exec_id);
+        self.process(&request.container_id, &request.exec_id)?;
+        self.processes.lock().unwrap().remove(&(request.container_id, request.exec_id));
+        Ok(WaitResponse::new())
+    }
+}
