@@ -32,6 +32,7 @@ fn run(log: &Logger) -> Result<()> {
     let (socket, root) = (descriptor(socket, "--socket-fd")?, descriptor(root, "--root-fd")?);
     session::check_socket(&socket).context("--socket-fd")?;
     jail::check_directory(&root).context("--root-fd")?;
+    session::raise_send_buffer(&socket);
     let jail = jail::enter(root)?;
     let nodes = usize::try_from(jail.descriptors)?.saturating_sub(RESERVED_DESCRIPTORS);
     ensure!(nodes > 0, "at most {} descriptors are allowed, {RESERVED_DESCRIPTORS} are too few", jail.descriptors);

@@ -27,6 +27,8 @@ use crate::{
 
 const REQUEST_HEADER: usize = 40;
 const REPLY_HEADER: usize = 16;
+/// The send buffer that we try for, bytes.
+const SEND_BUFFER: usize = 4 << 20;
 const OPCODE_COPY_FILE_RANGE: u32 = 47;
 
 /// A request's header (struct fuse_in_header).
@@ -172,6 +174,15 @@ impl Header {
 
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+}
+
+/// Makes room for several replies of the greatest size. Without CAP_NET_ADMIN the socket stays as it is, and INIT's answer
+/// makes requests smaller.
+pub fn raise_send_buffer(socket: impl AsFd) {
+    if sockopt::socket_send_buffer_size(&socket).is_ok_and(|now| now < SEND_BUFFER) {
+        // Linux doubles the value, to account for its own needs.
+        let _ = sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER / 2);
+    }
 }
 
 /// Checks that a descriptor is a packet socket.

@@ -18,8 +18,8 @@
 //! - The server may answer anything, late or twice. A reply must bear a number from [`slots`]; a malformed one becomes
 //!   EIO. When the socket closes, all requests fail with ENOTCONN, now and later.
 //!
-//! Whoever makes the socket pair gives both ends a send buffer of [`SEND_BUFFER`] bytes (SO_SNDBUFFORCE). With less the
-//! device still works: it lowers the request size in INIT's answer to what fits.
+//! Each side gives its end a send buffer of [`SEND_BUFFER`] bytes, which takes CAP_NET_ADMIN; whoever makes the socket pair may
+//! have done it before. With less the device still works: it lowers the request size in INIT's answer to what fits.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -119,7 +119,7 @@ impl FsDevice {
         }
         // One request queue.
         config[MAX_TAG..].copy_from_slice(&1u32.to_le_bytes());
-        let send_buffer = sockopt::socket_send_buffer_size(&socket)
+        let send_buffer = raise_send_buffer(&socket)
             .map_err(|source| FsError::Socket { tag: tag.to_owned(), source: source.into() })?;
         let state = FsState::default();
         Ok(Self { config, socket, send_buffer, state, link: Link::Idle, strange_packets: 0, log })
@@ -333,6 +333,15 @@ impl FsDevice {
         poll.modify(fd, SERVER, events)
             .map_err(|source| DeviceError::Host { what: "watching the file server's socket", source })
     }
+}
+
+/// Makes room for several requests of the greatest size, if it may; returns what there is.
+fn raise_send_buffer(socket: &OwnedFd) -> Result<usize, Errno> {
+    if sockopt::socket_send_buffer_size(socket)? < SEND_BUFFER {
+        // Linux doubles the value, to account for its own needs.
+        let _ = sockopt::set_socket_send_buffer_size_force(socket, SEND_BUFFER / 2);
+    }
+    sockopt::socket_send_buffer_size(socket)
 }
 
 /// Completes a request with a reply whose body, if any, is in the chain already.

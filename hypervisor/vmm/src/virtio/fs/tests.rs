@@ -78,7 +78,6 @@ impl Machine {
     fn with_send_buffer(bytes: usize) -> Self {
         let (ours, server) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        sockopt::set_socket_send_buffer_size_force(&ours, bytes / 2).unwrap();
         sockopt::set_socket_send_buffer_size_force(&server, SEND_BUFFER).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 32 << 20)]).unwrap();
         let mut queues = vec![VirtQueue::new(SIZE).unwrap(), VirtQueue::new(SIZE).unwrap()];
@@ -91,7 +90,11 @@ impl Machine {
             registers.set_used_ring_address(Some(USED as u32 + base), Some(0));
             registers.set_ready(true);
         }
-        let device = FsDevice::new("caisson", ours, Logger::root(slog::Discard, o!())).unwrap();
+        let mut device = FsDevice::new("caisson", ours, Logger::root(slog::Discard, o!())).unwrap();
+        assert_eq!(device.send_buffer, SEND_BUFFER, "these tests run as root");
+        sockopt::set_socket_send_buffer_size_force(&device.socket, bytes / 2).unwrap();
+        device.send_buffer = sockopt::socket_send_buffer_size(&device.socket).unwrap();
+        assert!(device.send_buffer <= bytes);
         let watches = Watches::default();
         let mut machine = Self { memory, queues, watches, device, server, faults: 0, available: 0, used: 0 };
         machine.call(|device, context| device.activate(context)).unwrap();
