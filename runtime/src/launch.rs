@@ -85,6 +85,7 @@ pub fn launch(config: &Config, paths: &PodPaths, log: BorrowedFd<'_>) -> Result<
     let (console, output) = console(config.debug_console)?;
     let share = Share::mount(paths)?;
 
+    let image = format!("kernel {} and initramfs {}", config.kernel.display(), config.initramfs.display());
     let spawned_ns = now_ns();
     let (vmm, control) = spawn_monitor(&config.monitor(), log)?;
     let size = u64::from(config.memory_mib) << 20;
@@ -106,7 +107,7 @@ pub fn launch(config: &Config, paths: &PodPaths, log: BorrowedFd<'_>) -> Result<
     let descriptors = [(servers_share.as_fd(), 3), (root.as_fd(), 4)];
     let fsd = Child::spawn(&config.file_server(), &arguments, &descriptors, log)?;
     record(paths, &vmm, &fsd)?;
-    Ok((Launched { spawned_ns, vmm, fsd, control, guest_streams, console, dialer }, share))
+    Ok((Launched { spawned_ns, image, vmm, fsd, control, guest_streams, console, dialer }, share))
 }
 
 /// A file for guest memory; sparse, so it costs only what the guest touches.

@@ -98,6 +98,11 @@ impl MachineOwner {
         self.state.send_replace(state);
     }
 
+    /// Whether it has not been ready yet.
+    fn is_booting(&self) -> bool {
+        matches!(*self.state.borrow(), MachineState::Booting)
+    }
+
     /// Waits until somebody wants the machine to end.
     pub async fn stop_wanted(&self) {
         self.stop.notified().await;
@@ -150,6 +155,8 @@ impl MachineHandle {
 pub struct Launched {
     /// When caisson-vmm was spawned ([`now_ns`]).
     pub spawned_ns: u64,
+    /// The files that it boots from, in words.
+    pub image: String,
     /// caisson-vmm.
     pub vmm: Child,
     /// caisson-fsd.
@@ -164,6 +171,8 @@ pub struct Launched {
     pub dialer: Dialer,
 }
 
+/// How long a process that is ending may take to say why, or to be gone.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Reason of an end that somebody asked for.
 const STOPPED: &str = "the machine was stopped";
 
@@ -188,7 +197,7 @@ pub async fn supervise(
 }
 
 async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline: &Timeline, log: &Logger) -> String {
-    let Launched { spawned_ns, mut vmm, mut fsd, control, guest_streams, console, dialer } = launched;
+    let Launched { spawned_ns, image, mut vmm, mut fsd, control, guest_streams, console, dialer } = launched;
     timeline.mark_at(Stage::VmmSpawned, spawned_ns);
     if let Some(console) = console {
         tokio::spawn(log_console(console, log.clone()));
@@ -228,11 +237,19 @@ async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline
             }
         };
         let work = async { work.await.map_or_else(|reason| reason, |never: std::convert::Infallible| match never {}) };
+        tokio::pin!(work);
         tokio::select! {
             biased;
             () = owner.stop_wanted() => STOPPED.to_owned(),
-            reason = work => reason,
-            status = fsd.wait() => format!("caisson-fsd ended: {}", status_words(status)),
+            reason = &mut work => reason,
+            status = fsd.wait() => {
+                let ended = format!("caisson-fsd ended: {}", status_words(&status));
+                // In good order it ends only behind the monitor, whose own reason is the one to tell.
+                match status {
+                    Ok(status) if status.success() => timeout(LAST_WORDS, work).await.unwrap_or(ended),
+                    _ => ended,
+                }
+            }
         }
     };
     // A monitor that closed its socket is about to end; how tells more than that it did.
@@ -241,15 +258,17 @@ async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline
         vmm.kill();
     }
     fsd.kill();
-    let status = match timeout(Duration::from_secs(1), vmm.wait()).await {
-        Ok(status) => status_words(status),
+    let status = match timeout(LAST_WORDS, vmm.wait()).await {
+        Ok(status) => status,
         Err(_) => {
             vmm.kill();
-            status_words(vmm.wait().await)
+            vmm.wait().await
         }
     };
     let _ = fsd.wait().await;
-    if closed { format!("{CLOSED}: {status}") } else { reason }
+    let reason = if closed { format!("{CLOSED}: {}", status_words(&status)) } else { reason };
+    // Before the agent answers, a bad kernel or initramfs is the likely cause: named.
+    if reason != STOPPED && owner.is_booting() { format!("{reason}; it was booting from {image}") } else { reason }
 }
 
 const CLOSED: &str = "caisson-vmm ended without saying why";
@@ -274,7 +293,7 @@ fn ended_words(ended: Option<Ended>) -> String {
     }
 }
 
-fn status_words(status: io::Result<ExitStatus>) -> String {
+fn status_words(status: &io::Result<ExitStatus>) -> String {
     match status {
         Ok(status) => match (status.code(), status.signal()) {
             (Some(code), _) => format!("exit status {code}"),

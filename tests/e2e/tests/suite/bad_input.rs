@@ -109,7 +109,7 @@ fn an_unknown_runtime_option(host: &Host) {
     let mut request = bundle.create_request(Vec::new());
     request.options = Some(options).into();
     let status = shim.call::<api::CreateTaskResponse>("Create", &request).expect_err("nobody knows the option");
-    assert!(status.message().contains("example.com/of.nobody"), "{status:?}");
+    assert!(status.message().contains("of.nobody"), "{status:?}");
     assert_eq!(status.code(), ttrpc::Code::INVALID_ARGUMENT, "{status:?}");
     bundle.discard(Some(shim));
 }
@@ -122,7 +122,7 @@ fn specifications(host: &Host) {
     without_program["process"]["args"] = serde_json::json!([]);
     let cases = [
         ("not-json", "{ \"ociVersion\": ".to_owned(), "config.json"),
-        ("wrong-type", good.to_string().replace("\"cwd\":\"/\"", "\"cwd\":7"), "cwd"),
+        ("wrong-type", good.to_string().replace("\"cwd\":\"/\"", "\"cwd\":7"), "config.json"),
         ("relative-cwd", relative.to_string(), "cwd"),
         ("no-arguments", without_program.to_string(), "args"),
     ];
