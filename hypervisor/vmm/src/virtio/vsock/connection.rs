@@ -184,7 +184,8 @@ impl Connection {
         if self.guest_over.send {
             return Err(Violation::AfterEnd);
         }
-        let credit = self.window.saturating_sub(self.buffered());
+        // What the guest was told, which is never more than there is room for.
+        let credit = self.window.saturating_sub(self.received.wrapping_sub(self.reported));
         if len > credit {
             return Err(Violation::Credit { len, credit });
         }

@@ -38,8 +38,6 @@ mod host;
 mod listener;
 mod packet;
 mod streams;
-#[cfg(test)]
-mod testing;
 
 use host::HostEnd;
 use listener::Listener;
@@ -380,4 +378,4 @@ impl Timer {
 }
 
 #[cfg(test)]
-mod device_tests;
+mod tests;

@@ -10,10 +10,13 @@ use std::{
 };
 
 use super::{
-    Limits, VsockState,
+    driver::{CID, Driver, RX_PAYLOAD, limits},
+    guest::Guest,
+};
+use crate::virtio::vsock::{
+    EVENT, Limits, VsockState,
     packet::{Op, Shutdown},
     streams::{FIRST_HOST_PORT, Ports},
-    testing::{CID, Driver, Guest, RX_PAYLOAD, limits},
 };
 
 const SEND: Shutdown = Shutdown { receive: false, send: true };
@@ -474,12 +477,12 @@ fn a_restored_guest_is_told_that_its_streams_are_gone() {
     let state = VsockState { owes_transport_reset: true, ..caisson_protos::monitor::decode(&bytes).unwrap() };
     let mut driver = Driver::with_state(state, limits());
     assert!(driver.device.save().owes_transport_reset, "there was no buffer to say it in");
-    driver.descriptor(super::EVENT, 0, 0x5_0000, 4, 2, 0);
+    driver.descriptor(EVENT, 0, 0x5_0000, 4, 2, 0);
     driver.memory_mut(0x5_0000, &[0xff; 4]);
-    driver.offer(super::EVENT, 0);
-    assert!(driver.wants_notification(super::EVENT));
-    driver.notify(super::EVENT).unwrap();
-    assert_eq!(driver.completed(super::EVENT), Some((0, 4)));
+    driver.offer(EVENT, 0);
+    assert!(driver.wants_notification(EVENT));
+    driver.notify(EVENT).unwrap();
+    assert_eq!(driver.completed(EVENT), Some((0, 4)));
     assert_eq!(driver.memory_at(0x5_0000, 4), [0; 4]);
     assert!(!driver.device.save().owes_transport_reset);
 }

@@ -1,0 +1,9 @@
+//! The pure parts against models, and the device between a played guest and real sockets.
+
+mod connection;
+mod device;
+mod driver;
+mod guest;
+mod hostile;
+mod random;
+mod streams;
