@@ -53,10 +53,23 @@ pub fn prepare() -> Result<(), BootError> {
     step("mount /proc", mount("proc", "/proc", "proc", nosuid | nodev | noexec, none))?;
     step("mount /sys", mount("sysfs", "/sys", "sysfs", nosuid | nodev | noexec, none))?;
     step("mount /dev", mount("devtmpfs", "/dev", "devtmpfs", nosuid | noexec, Some(c"mode=0755")))?;
+    step("open the standard descriptors", standard_descriptors())?;
     step("mount /run", mount("tmpfs", "/run", "tmpfs", nosuid | nodev, Some(c"mode=0755")))?;
     step("mount cgroup v2", mount("cgroup2", CGROUP_MOUNT, "cgroup2", nosuid | nodev | noexec, Some(c"nsdelegate")))?;
     step("protect the agent from the OOM killer", fs::write("/proc/self/oom_score_adj", "-1000"))?;
     step("bring the loopback interface up", loopback_up())
+}
+
+/// The kernel leaves descriptors 0 to 2 closed where there is no console. A socket that got one of these numbers would be
+/// taken for an output.
+fn standard_descriptors() -> io::Result<()> {
+    loop {
+        let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+        if std::os::fd::AsRawFd::as_raw_fd(&null) > 2 {
+            return Ok(());
+        }
+        std::mem::forget(null);
+    }
 }
 
 /// Puts a read-only copy of the root mount on top of it and makes that the root.

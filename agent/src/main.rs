@@ -1,7 +1,16 @@
 //! `caisson-agent`: PID 1 of the guest. The same binary, re-executed with one argument, is the stage that becomes a
 //! container's process.
+//!
+//! It has a C `main`. Before Rust's own, the runtime would open /dev/null, which does not exist before the agent has mounted
+//! /dev, and abort; and each container would pay for the stack-overflow handler of a stage that lives for a millisecond.
 
-use std::{convert::Infallible, path::PathBuf, process::ExitCode};
+#![no_main]
+
+use std::{
+    convert::Infallible,
+    ffi::{CStr, c_char, c_int},
+    path::PathBuf,
+};
 
 use anyhow::Context;
 use caisson_agent::{
@@ -19,15 +28,23 @@ use caisson_protos::guest::{AGENT_PORT, READY_PORT, Ready, SHARE_MOUNT, STDIO_PO
 use slog::{Level, Logger, error, info};
 use tokio::io::AsyncWriteExt;
 
-fn main() -> ExitCode {
-    let started_ns = boottime_ns();
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == stage::ARGUMENT) {
-        return stage::main();
+/// Called by the C library's start code.
+#[unsafe(no_mangle)]
+extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
+    // SAFETY: the C library hands over `argc` valid strings that live as long as the process.
+    let argument = (argc > 1).then(|| unsafe { CStr::from_ptr(*argv.add(1)) });
+    if argument.is_some_and(|argument| argument.to_bytes() == stage::ARGUMENT.as_bytes()) {
+        return stage::main().into();
     }
     if std::process::id() != 1 {
         eprintln!("caisson-agent: it runs as PID 1 of a Caisson guest and has nothing to do elsewhere");
-        return ExitCode::from(2);
+        return 2;
     }
+    agent()
+}
+
+fn agent() -> c_int {
+    let started_ns = boottime_ns();
     let booted = boot::prepare();
     let log = match boot::kernel_log() {
         Some(kmsg) => caisson_log::logger("agent", kmsg, Level::Info),
@@ -38,7 +55,7 @@ fn main() -> ExitCode {
     let Err(error) = result;
     error!(log, "the agent cannot go on, powering off"; "error" => format!("{error:#}"));
     end(&log);
-    ExitCode::FAILURE
+    1
 }
 
 fn run(started_ns: u64, log: &Logger) -> anyhow::Result<Infallible> {
@@ -61,7 +78,7 @@ fn run(started_ns: u64, log: &Logger) -> anyhow::Result<Infallible> {
     })
 }
 
-/// Says that everything listens. Without a host that hears it the agent serves all the same.
+/// Says that everything listens. A host that cannot hear it would wait in vain, so the machine ends then.
 async fn announce(started_ns: u64, log: Logger) {
     let kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
     let said = async {
@@ -86,7 +103,7 @@ fn boottime_ns() -> u64 {
 
 /// Ends the machine, by whatever means there are.
 fn end(log: &Logger) {
-    let Err(error) = power::off();
+    let error = power::off();
     error!(log, "cannot power off through the monitor's port, trying the kernel"; "error" => %error);
     if let Err(error) = rustix::system::reboot(rustix::system::RebootCommand::PowerOff) {
         error!(log, "cannot power off"; "error" => %error);

@@ -1,19 +1,20 @@
 //! The end of the machine: one byte to the monitor's power port. x86 only.
 
-use std::{convert::Infallible, io};
+use std::{io, thread::sleep, time::Duration};
 
 use caisson_protos::guest::{POWER_OFF, POWER_PORT};
 
-/// Powers the machine off. Whatever must be written back has been written back.
-///
-/// # Errors
-/// If the kernel does not let the process use the port.
-pub fn off() -> io::Result<Infallible> {
+/// How long the monitor may take to notice, in attempts of [`PAUSE`].
+const ATTEMPTS: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Powers the machine off; whatever must be written back has been written back. Returns only if that is not possible here.
+pub fn off() -> io::Error {
     // SAFETY: ioperm takes three numbers; it changes only which I/O ports this thread may use.
     if unsafe { libc::ioperm(POWER_PORT.into(), 1, 1) } != 0 {
-        return Err(io::Error::last_os_error());
+        return io::Error::last_os_error();
     }
-    loop {
+    for _ in 0..ATTEMPTS {
         // SAFETY: the port was granted above; writing to it touches no memory, and the machine behind it is our own monitor,
         // which ends here.
         unsafe {
@@ -24,7 +25,7 @@ pub fn off() -> io::Result<Infallible> {
                 options(nomem, nostack, preserves_flags)
             );
         }
-        // The monitor may take a moment, or it is not Caisson's and nothing listens there.
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        sleep(PAUSE);
     }
+    io::Error::new(io::ErrorKind::TimedOut, "nothing answers at the power port; this is no Caisson machine")
 }

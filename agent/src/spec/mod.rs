@@ -11,13 +11,14 @@
 //! - [`resources`]: `linux.resources` as cgroup v2 files.
 
 pub mod devices;
+mod document;
 pub mod mounts;
 pub mod process;
 pub mod resources;
 
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType};
 
 use crate::plan::{ProcessPlan, View};
 
@@ -60,35 +61,35 @@ pub struct Accepted {
 /// # Errors
 /// The first field that cannot be honoured.
 pub fn container(json: &[u8], terminal: bool) -> Result<Accepted> {
-    let spec: Spec = parse("spec", json)?;
+    let spec: document::Document = parse("spec", json)?;
     let mut notes = Vec::new();
-    let linux = spec.linux().as_ref().ok_or_else(|| SpecError::new("linux", "missing"))?;
+    let linux = spec.linux.as_ref().ok_or_else(|| SpecError::new("linux", "missing"))?;
 
-    refuse("hooks", spec.hooks().as_ref().filter(|hooks| **hooks != Default::default()))?;
-    refuse("solaris", spec.solaris().as_ref())?;
-    refuse("windows", spec.windows().as_ref())?;
-    refuse("vm", spec.vm().as_ref())?;
-    refuse("zos", spec.zos().as_ref())?;
+    refuse("hooks", spec.hooks.as_ref().filter(|hooks| **hooks != Default::default()))?;
+    refuse("solaris", spec.solaris)?;
+    refuse("windows", spec.windows)?;
+    refuse("vm", spec.vm)?;
+    refuse("zos", spec.zos)?;
     check_linux(linux, &mut notes)?;
     check_namespaces(linux.namespaces().as_deref().unwrap_or_default(), &mut notes)?;
 
-    let process = spec.process().as_ref().ok_or_else(|| SpecError::new("process", "missing"))?;
+    let process = spec.process.as_ref().ok_or_else(|| SpecError::new("process", "missing"))?;
     let process = process::plan("process", process, terminal, &process::Inherited::default(), &mut notes)?;
-    let mounts = mounts::plan(spec.mounts().as_deref().unwrap_or_default())?;
+    let mounts = mounts::plan(spec.mounts.as_deref().unwrap_or_default())?;
     let devices = devices::plan(linux.devices().as_deref().unwrap_or_default(), terminal)?;
     let limits = match linux.resources() {
         Some(resources) => resources::plan(resources, &mut notes)?,
         None => Vec::new(),
     };
     let view = View {
-        hostname: name("hostname", spec.hostname())?,
-        domainname: name("domainname", spec.domainname())?,
+        hostname: name("hostname", &spec.hostname)?,
+        domainname: name("domainname", &spec.domainname)?,
         sysctl: sysctl(linux)?,
         mounts,
         devices,
         masked_paths: paths("linux.maskedPaths", linux.masked_paths().as_deref())?,
         readonly_paths: paths("linux.readonlyPaths", linux.readonly_paths().as_deref())?,
-        readonly_root: spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false),
+        readonly_root: spec.root.as_ref().and_then(|root| root.readonly()).unwrap_or(false),
     };
     Ok(Accepted { view, process, limits, notes })
 }

@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use oci_spec::runtime::{Capability, LinuxCapabilities, PosixRlimitType, Process};
+use oci_spec::runtime::{Capability, LinuxCapabilities, PosixRlimitType};
 use rustix::thread::CapabilitySet;
 
-use super::{Result, SpecError, absolute, parse, refuse, text};
+use super::{Result, SpecError, absolute, document::Process, parse, refuse, text};
 use crate::plan::{CapabilityPlan, ProcessPlan, TerminalSize, UserPlan};
 
 /// What an exec takes from its container where its own `process` object says nothing, as runc does.
@@ -38,31 +38,31 @@ pub(super) fn plan(
     notes: &mut Vec<String>,
 ) -> Result<ProcessPlan> {
     let of = |name: &str| format!("{field}.{name}");
-    refuse(&of("commandLine"), process.command_line().as_ref())?;
-    refuse(&of("ioPriority"), process.io_priority().as_ref())?;
-    refuse(&of("scheduler"), process.scheduler().as_ref())?;
-    refuse(&of("execCPUAffinity"), process.exec_cpu_affinity().as_ref())?;
+    refuse(&of("commandLine"), process.command_line.as_ref())?;
+    refuse(&of("ioPriority"), process.io_priority.as_ref())?;
+    refuse(&of("scheduler"), process.scheduler.as_ref())?;
+    refuse(&of("execCPUAffinity"), process.exec_cpu_affinity.as_ref())?;
     let set = |value: &Option<String>| value.as_ref().is_some_and(|value| !value.is_empty());
-    if set(process.apparmor_profile()) {
+    if set(&process.apparmor_profile) {
         notes.push(format!("{} has no effect: the guest runs without AppArmor", of("apparmorProfile")));
     }
-    if set(process.selinux_label()) {
+    if set(&process.selinux_label) {
         notes.push(format!("{} has no effect: the guest runs without SELinux", of("selinuxLabel")));
     }
 
-    let args = strings(&of("args"), process.args().as_deref())?;
+    let args = strings(&of("args"), &process.args)?;
     if args.first().is_none_or(String::is_empty) {
         return Err(SpecError::new(of("args"), "names no program"));
     }
-    let env = strings(&of("env"), process.env().as_deref())?;
+    let env = strings(&of("env"), &process.env)?;
     if let Some(entry) = env.iter().find(|entry| entry.find('=').is_none_or(|place| place == 0)) {
         return Err(SpecError::new(of("env"), format!("{entry:?} is not NAME=value")));
     }
-    let oom_score_adj = process.oom_score_adj().unwrap_or(inherited.oom_score_adj);
+    let oom_score_adj = process.oom_score_adj.unwrap_or(inherited.oom_score_adj);
     if !(-1000..=1000).contains(&oom_score_adj) {
         return Err(SpecError::new(of("oomScoreAdj"), format!("{oom_score_adj} is not between -1000 and 1000")));
     }
-    let rlimits = match process.rlimits() {
+    let rlimits = match &process.rlimits {
         Some(limits) => limits
             .iter()
             .map(|limit| match limit.soft() <= limit.hard() {
@@ -75,12 +75,12 @@ pub(super) fn plan(
             .collect::<Result<_>>()?,
         None => inherited.rlimits.clone(),
     };
-    let size = process.console_size().unwrap_or_default();
+    let size = process.console_size.unwrap_or_default();
     let size = TerminalSize {
         width: cells(&of("consoleSize"), size.width())?,
         height: cells(&of("consoleSize"), size.height())?,
     };
-    let user = process.user();
+    let user = &process.user;
     let umask = user.umask().unwrap_or(0o022);
     if umask > 0o777 {
         return Err(SpecError::new(of("user.umask"), format!("{umask} is not between 0 and 511 (octal 777)")));
@@ -88,7 +88,7 @@ pub(super) fn plan(
     Ok(ProcessPlan {
         args,
         env,
-        cwd: absolute(&of("cwd"), process.cwd())?,
+        cwd: absolute(&of("cwd"), &process.cwd)?,
         user: UserPlan {
             uid: id(&of("user.uid"), user.uid())?,
             gid: id(&of("user.gid"), user.gid())?,
@@ -100,16 +100,16 @@ pub(super) fn plan(
                 .collect::<Result<_>>()?,
             umask,
         },
-        capabilities: process.capabilities().as_ref().map_or(inherited.capabilities, capabilities),
+        capabilities: process.capabilities.as_ref().map_or(inherited.capabilities, capabilities),
         rlimits,
-        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        no_new_privileges: process.no_new_privileges.unwrap_or(false),
         oom_score_adj,
         terminal: terminal.then_some(size),
     })
 }
 
-fn strings(field: &str, list: Option<&[String]>) -> Result<Vec<String>> {
-    list.unwrap_or_default().iter().map(|value| text(field, value)).collect()
+fn strings(field: &str, list: &[String]) -> Result<Vec<String>> {
+    list.iter().map(|value| text(field, value)).collect()
 }
 
 /// A user or group: u32::MAX means "leave as it is" to the kernel, which here would be root.

@@ -35,7 +35,6 @@ use std::{
     fs,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     path::Path,
-    process::ExitCode,
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -56,7 +55,7 @@ const EXIT_NOT_FOUND: u8 = 127;
 const EXIT_FAILED: u8 = 126;
 
 /// Runs a stage to its end; it returns only if it failed. Descriptor 0 is the socket to the agent.
-pub fn main() -> ExitCode {
+pub fn main() -> u8 {
     // SAFETY: the agent starts a stage with its socket as descriptor 0, and nothing has used that yet.
     let socket = unsafe { OwnedFd::from_raw_fd(0) };
     let prepared = set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -65,7 +64,7 @@ pub fn main() -> ExitCode {
         .and_then(|()| rustix::io::fcntl_dupfd_cloexec(&socket, 3).trying(|| "keep the socket to the agent".into()));
     // Dropping the original would let the next open take descriptor 0; it is replaced when the program's own is known.
     std::mem::forget(socket);
-    let Ok(socket) = prepared else { return ExitCode::from(EXIT_FAILED) };
+    let Ok(socket) = prepared else { return EXIT_FAILED };
     let mut agent = StageEnd::new(socket.into());
 
     let failure = match stage(&mut agent) {
@@ -75,7 +74,7 @@ pub fn main() -> ExitCode {
     let code = if failure.kind == FailureKind::NotFound { EXIT_NOT_FOUND } else { EXIT_FAILED };
     // If the agent is gone there is nobody left to tell.
     let _ = agent.send(&Reply::Failed(failure), None);
-    ExitCode::from(code)
+    code
 }
 
 fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {

@@ -14,7 +14,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, Mode, OFlags, openat},
+    fs::{CWD, FileType, Mode, OFlags, fstat, makedev, openat},
     io::Errno,
     mount::{MountAttrFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount_change, open_tree, unmount},
     process::{fchdir, pivot_root},
@@ -34,11 +34,6 @@ use crate::{
 pub(super) fn prepare(plan: &InitPlan) -> Result<Root, Failure> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .trying(|| "make the mounts private".into())?;
-    let null =
-        openat(CWD, "/dev/null", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).trying(|| "find /dev/null".into())?;
-    // One for each masked path, now: before Linux 6.15 a mount that is attached nowhere cannot be cloned.
-    let nulls = plan.view.masked_paths.iter().map(|_| clone_tree(null.as_fd(), false));
-    let nulls: Vec<OwnedFd> = nulls.collect::<Result<_, _>>().trying(|| "keep /dev/null".into())?;
     let root = enter_root(plan)?;
 
     // What is made from here on has exactly the mode that it asks for.
@@ -54,8 +49,8 @@ pub(super) fn prepare(plan: &InitPlan) -> Result<Root, Failure> {
     for path in &view.readonly_paths {
         make_read_only(&root, path).trying(|| format!("linux.readonlyPaths: {}", path.display()))?;
     }
-    for (path, null) in view.masked_paths.iter().zip(&nulls) {
-        mask(&root, path, null).trying(|| format!("linux.maskedPaths: {}", path.display()))?;
+    for path in &view.masked_paths {
+        mask(&root, path).trying(|| format!("linux.maskedPaths: {}", path.display()))?;
     }
     make_working_directory(&root, &plan.process.cwd)?;
     if view.readonly_root {
@@ -110,17 +105,28 @@ fn make_read_only(root: &Root, path: &Path) -> std::io::Result<()> {
     Ok(attach(copy.as_fd(), place.as_fd())?)
 }
 
-/// `null` is a mount of the null device of its own.
-fn mask(root: &Root, path: &Path, null: &OwnedFd) -> std::io::Result<()> {
+fn mask(root: &Root, path: &Path) -> std::io::Result<()> {
     let place = match root.find(path) {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
         place => place?,
     };
-    if rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&place)?.st_mode).is_dir() {
-        let cover = super::mounts::empty_directory()?;
-        return Ok(attach(cover.as_fd(), place.as_fd())?);
+    let cover = if FileType::from_raw_mode(fstat(&place)?.st_mode).is_dir() {
+        super::mounts::empty_directory()?
+    } else {
+        clone_tree(null_device(root)?.as_fd(), false)?
+    };
+    Ok(attach(cover.as_fd(), place.as_fd())?)
+}
+
+/// The container's own /dev/null, if it is the real one.
+fn null_device(root: &Root) -> std::io::Result<OwnedFd> {
+    let null = root.find(Path::new("/dev/null"))?;
+    let found = fstat(&null)?;
+    if FileType::from_raw_mode(found.st_mode).is_char_device() && found.st_rdev == makedev(1, 3) {
+        Ok(null)
+    } else {
+        Err(std::io::Error::other("the container's /dev/null is not the null device"))
     }
-    Ok(attach(null.as_fd(), place.as_fd())?)
 }
 
 fn make_working_directory(root: &Root, cwd: &Path) -> Result<(), Failure> {

@@ -39,7 +39,7 @@ impl Accept for Numbered {
 fn main() -> ExitCode {
     let argument = env::args_os().nth(1).expect("a directory, or \"stage\"");
     if argument == stage::ARGUMENT {
-        return stage::main();
+        return stage::main().into();
     }
     let Err(error) = run(Path::new(&argument));
     eprintln!("{error:#}");
