@@ -5,6 +5,7 @@ use std::{
     os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -24,8 +25,9 @@ pub enum Kvm {
 
 /// One running containerd.
 pub struct Containerd {
-    child: Child,
+    child: Mutex<Child>,
     directory: PathBuf,
+    kvm: Kvm,
     log: PathBuf,
 }
 
@@ -53,37 +55,19 @@ impl Containerd {
         );
         fs::write(path("containerd.toml"), configuration).expect("the test's directory takes files");
         let log = path("containerd.log");
-        let log_file = File::create(&log).expect("the test's directory takes files");
+        let child = Mutex::new(spawn(directory, kvm, &log));
+        Self { child, directory: directory.to_owned(), kvm, log }
+    }
 
-        let search = std::env::var("PATH").unwrap_or_default();
-        let search = format!("{}:{search}:/usr/sbin:/usr/bin:/sbin:/bin", environment::bin_dir().display());
-        let ready = UnixDatagram::bind(path("ready.sock")).expect("the test's directory takes sockets");
-        ready.set_read_timeout(Some(wait::STEP)).expect("a limit of seconds is valid");
-        let child = command(kvm)
-            .arg("--config")
-            .arg(path("containerd.toml"))
-            .env("PATH", search)
-            .env("CAISSON_CONFIG", path("caisson.toml"))
-            .env("NOTIFY_SOCKET", path("ready.sock"))
-            .stdin(Stdio::null())
-            .stdout(log_file.try_clone().expect("a descriptor can be duplicated"))
-            .stderr(log_file)
-            .spawn()
-            .expect("containerd is installed");
-        let containerd = Self { child, directory: directory.to_owned(), log };
-        let mut word = [0; 256];
-        loop {
-            match ready.recv(&mut word) {
-                Ok(count) if word[..count].starts_with(b"READY=1") => return containerd,
-                Ok(_) => {}
-                Err(error) => panic!("containerd did not say READY=1: {error}\n{}", containerd.log_tail()),
-            }
-        }
+    /// Ends it and starts another on the same directories, as an upgrade does.
+    pub fn restart(&self) {
+        self.stop();
+        *lock(&self.child) = spawn(&self.directory, self.kvm, &self.log);
     }
 
     /// Its process id.
     pub fn pid(&self) -> i32 {
-        self.child.id() as i32
+        lock(&self.child).id() as i32
     }
 
     /// Its socket.
@@ -98,29 +82,74 @@ impl Containerd {
 
     /// The last lines of [`Self::log`], without those of its start.
     pub fn log_tail(&self) -> String {
-        let log = self.log();
-        let lines: Vec<&str> = log.lines().filter(|line| !line.contains("msg=\"loading plugin")).collect();
-        lines[lines.len().saturating_sub(60)..].join("\n")
+        tail(&self.log)
     }
 
     /// Ends it in order, or by force if it does not end.
-    pub fn stop(&mut self) {
+    pub fn stop(&self) {
         crate::process::signal(self.pid(), rustix::process::Signal::TERM);
         for _ in 0..500 {
-            if !matches!(self.child.try_wait(), Ok(None)) {
+            if !matches!(lock(&self.child).try_wait(), Ok(None)) {
                 return;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        kill(&mut lock(&self.child));
     }
 }
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        kill(&mut lock(&self.child));
+    }
+}
+
+fn lock(child: &Mutex<Child>) -> MutexGuard<'_, Child> {
+    child.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn kill(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+fn tail(log: &Path) -> String {
+    let log = fs::read(log).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let lines: Vec<&str> = log.lines().filter(|line| !line.contains("msg=\"loading plugin")).collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
+/// Starts the program and waits until it says that it serves.
+fn spawn(directory: &Path, kvm: Kvm, log: &Path) -> Child {
+    let path = |name: &str| directory.join(name);
+    let log_file = File::options().create(true).append(true).open(log).expect("the test's directory takes files");
+    let search = std::env::var("PATH").unwrap_or_default();
+    let search = format!("{}:{search}:/usr/sbin:/usr/bin:/sbin:/bin", environment::bin_dir().display());
+    let _ = fs::remove_file(path("ready.sock"));
+    let ready = UnixDatagram::bind(path("ready.sock")).expect("the test's directory takes sockets");
+    ready.set_read_timeout(Some(wait::STEP)).expect("a limit of seconds is valid");
+    let mut child = command(kvm)
+        .arg("--config")
+        .arg(path("containerd.toml"))
+        .env("PATH", search)
+        .env("CAISSON_CONFIG", path("caisson.toml"))
+        .env("NOTIFY_SOCKET", path("ready.sock"))
+        .stdin(Stdio::null())
+        .stdout(log_file.try_clone().expect("a descriptor can be duplicated"))
+        .stderr(log_file)
+        .spawn()
+        .expect("containerd is installed");
+    let mut word = [0; 256];
+    loop {
+        match ready.recv(&mut word) {
+            Ok(count) if word[..count].starts_with(b"READY=1") => return child,
+            Ok(_) => {}
+            Err(error) => {
+                kill(&mut child);
+                panic!("containerd did not say READY=1: {error}\n{}", tail(log));
+            }
+        }
     }
 }
 

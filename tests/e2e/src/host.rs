@@ -79,7 +79,7 @@ pub struct Host {
     image: Image,
     snapshotter: &'static str,
     names: Mutex<Vec<String>>,
-    before: Leftovers,
+    before: Mutex<Leftovers>,
     // After containerd in this list, because it is unmounted after containerd's end.
     _disk: Option<Disk>,
     cleanup: Cleanup,
@@ -112,7 +112,7 @@ impl Host {
         fs::create_dir(directory.join("caisson")).expect("the directory is new");
         fs::write(directory.join("caisson.toml"), configuration(&directory).to_text()).expect("the directory is new");
         let containerd = Containerd::start(&directory, setup.kvm);
-        let mut host = Self {
+        let host = Self {
             runtime,
             containerd,
             tag,
@@ -120,12 +120,12 @@ impl Host {
             image: setup.image,
             snapshotter: setup.snapshotter.unwrap_or("overlayfs"),
             names: Mutex::default(),
-            before: Leftovers::default(),
+            before: Mutex::default(),
             _disk: disk,
             cleanup,
         };
         host.import();
-        host.before = host.leftovers();
+        host.count_anew();
         host
     }
 
@@ -246,6 +246,18 @@ impl Host {
         })
     }
 
+    /// Takes what is here now as what may stay.
+    fn count_anew(&self) {
+        *self.before.lock().expect("no holder panics") = self.leftovers();
+    }
+
+    /// Replaces containerd by another on the same directories. The descriptors of the new one count from here.
+    pub fn restart_containerd(&self) {
+        self.containerd.restart();
+        let now = self.leftovers();
+        self.before.lock().expect("no holder panics").adopt_descriptors(&now);
+    }
+
     /// Waits until nothing of any pod is left.
     ///
     /// # Panics
@@ -253,7 +265,7 @@ impl Host {
     pub fn expect_nothing_left(&self) {
         let begin = std::time::Instant::now();
         loop {
-            let extra = self.leftovers().beyond(&self.before);
+            let extra = self.leftovers().beyond(&self.before.lock().expect("no holder panics"));
             if extra.is_empty() {
                 return;
             }
@@ -263,7 +275,7 @@ impl Host {
     }
 
     /// The end of a test that has passed: nothing is left, and nothing outlives containerd.
-    pub fn finish(mut self) {
+    pub fn finish(self) {
         self.expect_nothing_left();
         self.containerd.stop();
         wait::until("the end of every process of the test", wait::STEP, || self.processes().is_empty().then_some(()));

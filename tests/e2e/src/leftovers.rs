@@ -18,6 +18,11 @@ pub struct Leftovers {
 }
 
 impl Leftovers {
+    /// Counts descriptors from `now` on.
+    pub(crate) fn adopt_descriptors(&mut self, now: &Self) {
+        self.descriptors.clone_from(&now.descriptors);
+    }
+
     /// What is here and was not in `before`.
     pub fn beyond(&self, before: &Self) -> Vec<String> {
         let mut extra: Vec<String> = self.things.difference(&before.things).cloned().collect();

@@ -1,13 +1,9 @@
 //! What a container sees of itself, and what its neighbours feel of it.
 
-use caisson_e2e::{Host, Runtime, Setup, wait::STEP};
+use caisson_e2e::{Host, Runtime, wait::STEP};
 
-caisson_e2e::for_each_runtime!(a_world_of_its_own);
-caisson_e2e::caisson_only!(a_fork_bomb_next_door in small(), a_memory_hog_next_door in small());
-
-fn small() -> Setup {
-    Setup::default()
-}
+caisson_e2e::for_each_runtime!(a_world_of_its_own, the_rights_of_the_specification);
+caisson_e2e::caisson_only!(a_fork_bomb_next_door, a_memory_hog_next_door);
 
 fn a_world_of_its_own(host: &Host) {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("this is Linux");
@@ -35,6 +31,20 @@ fn a_world_of_its_own(host: &Host) {
     assert_eq!(named.succeeded(), "of-its-own\n");
     assert_eq!(std::fs::read_to_string("/proc/sys/kernel/hostname").expect("this is Linux"), host_name);
     assert_eq!(one.end().code, Some(137));
+}
+
+/// What `ctr run` asks for by default, as the container finds it.
+fn the_rights_of_the_specification(host: &Host) {
+    let finished = host.container("rights").sh(
+        "grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status; ulimit -n; ls /dev | grep -v core | xargs
+         stat -c %t,%T /dev/null /dev/zero; cat /proc/timer_list | wc -c; ls /proc/acpi | wc -l
+         touch /proc/sys/kernel/threads-max /sys/kernel/x; echo x > /proc/sys/vm/swappiness || echo refused
+         mount -t tmpfs t /tmp 2>/dev/null || echo no mounts; wc -l < /proc/net/dev; df /dev/shm | tail -n 1 | cut -d' ' -f1",
+    );
+    let expected = "NoNewPrivs:\t1\nSeccomp:\t0\n1024\n\
+        fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero\n1,3\n1,5\n0\n0\nrefused\nno mounts\n3\nshm\n";
+    let caps = "CapEff:\t00000000a80425fb\nCapBnd:\t00000000a80425fb\n";
+    assert_eq!(finished.succeeded(), format!("{caps}{expected}"), "{}", finished.err());
 }
 
 fn a_fork_bomb_next_door(host: &Host) {

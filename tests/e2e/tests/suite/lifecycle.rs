@@ -8,6 +8,7 @@ caisson_e2e::for_each_runtime!(
     ten_at_once,
     signals_trapped_and_not,
     deletion_of_the_running_and_the_deleted,
+    containerd_starts_anew,
     answers_of_the_shim,
     input_closed_by_the_client,
 );
@@ -50,15 +51,42 @@ fn signals_trapped_and_not(host: &Host) {
     assert_eq!(pod.finish().code, Some(137));
 }
 
-fn deletion_of_the_running_and_the_deleted(host: &Host) {
-    let container = host.container("once");
-    let id = container.id.clone();
-    let create = ["run", "--detach", "--null-io", "--runtime", host.runtime.name()];
-    let mut command = host.ctr(create);
+/// Starts a pod that no client holds on to; gives its id.
+fn detached(host: &Host, name: &str) -> String {
+    let id = host.container(name).id;
+    let mut command = host.ctr(["run", "--detach", "--null-io", "--runtime", host.runtime.name()]);
     command.args(["--snapshotter", host.snapshotter(), host.image_name(), &id, "sleep", "100000"]);
     let started = command.output().expect("ctr is installed");
     assert!(started.status.success(), "{started:?}");
+    id
+}
 
+fn is(host: &Host, id: &str, state: &str) -> bool {
+    let tasks = host.ctr_output(["task", "list"]).succeeded();
+    tasks.lines().any(|line| line.contains(id) && line.contains(state))
+}
+
+/// Kills a detached pod and deletes its task and its container.
+fn kill_and_delete(host: &Host, id: &str) {
+    host.ctr_output(["task", "kill", "--signal", "SIGKILL", id]).succeeded();
+    until("the task to be reported as stopped", STEP, || is(host, id, "STOPPED").then_some(()));
+    let deleted = host.ctr_output(["task", "delete", id]);
+    assert!(deleted.code == Some(0) && deleted.err().contains("exit code 137"), "{deleted:?}");
+    host.ctr_output(["container", "delete", id]).succeeded();
+}
+
+/// The pod lives on without containerd, and the new one finds its shim again.
+fn containerd_starts_anew(host: &Host) {
+    let id = detached(host, "kept");
+    host.restart_containerd();
+    assert!(is(host, &id, "RUNNING"), "the new containerd does not know it");
+    let finished = host.ctr_output(["task", "exec", "--exec-id", "hello", &id, "echo", "still here"]);
+    assert_eq!(finished.succeeded(), "still here\n");
+    kill_and_delete(host, &id);
+}
+
+fn deletion_of_the_running_and_the_deleted(host: &Host) {
+    let id = detached(host, "once");
     let refused = host.ctr_output(["task", "delete", &id]);
     assert!(refused.code != Some(0) && refused.err().contains("must be stopped"), "{refused:?}");
     // ctr asks before it deletes; the shim itself must refuse as well.
@@ -69,21 +97,13 @@ fn deletion_of_the_running_and_the_deleted(host: &Host) {
         assert_eq!(status.code(), Code::FAILED_PRECONDITION, "{status:?}");
     }
     drop(shim);
-    let running = host.ctr_output(["task", "list"]).succeeded();
-    assert!(running.lines().any(|line| line.contains(&id) && line.contains("RUNNING")), "{running}");
+    assert!(is(host, &id, "RUNNING"));
 
-    host.ctr_output(["task", "kill", "--signal", "SIGKILL", &id]).succeeded();
-    until("the task to be reported as stopped", STEP, || {
-        let tasks = host.ctr_output(["task", "list"]).succeeded();
-        tasks.lines().any(|line| line.contains(&id) && line.contains("STOPPED")).then_some(())
-    });
-    let deleted = host.ctr_output(["task", "delete", &id]);
-    assert!(deleted.code == Some(0) && deleted.err().contains("exit code 137"), "{deleted:?}");
-    let again = host.ctr_output(["task", "delete", &id]);
-    assert!(again.code != Some(0) && again.err().contains("not found"), "{again:?}");
-    host.ctr_output(["container", "delete", &id]).succeeded();
-    let again = host.ctr_output(["container", "delete", &id]);
-    assert!(again.err().contains("not found"), "{again:?}");
+    kill_and_delete(host, &id);
+    for what in ["task", "container"] {
+        let again = host.ctr_output([what, "delete", &id]);
+        assert!(again.code != Some(0) && again.err().contains("not found"), "{what}: {again:?}");
+    }
 }
 
 fn answers_of_the_shim(host: &Host) {
