@@ -112,13 +112,13 @@ impl Vsock {
         if self.streams.is_full() {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        let host = HostEnd::new(self.announce(ports)?, None);
+        let host = HostEnd::new(self.announce(ports)?, false, None);
         let id = self
             .streams
             .open_from_guest(ports, request, host)
             .map_err(|_| io::Error::from(io::ErrorKind::AddrInUse))?;
         if let Some(stream) = self.streams.get_mut(id)
-            && let Err(error) = stream.host.watch(Source::Stream(id).token(), false, poll)
+            && let Err(error) = stream.host.watch(Source::Stream(id).token(), poll)
         {
             self.streams.remove(id);
             return Err(error);

@@ -42,6 +42,7 @@ pub const READ_EVENTS: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP).uni
 pub struct HostEnd {
     /// None when both directions are over.
     socket: Option<OwnedFd>,
+    watched: bool,
     token: PollToken,
     spill: Spill,
     watches_write: bool,
@@ -56,10 +57,11 @@ pub struct HostEnd {
 }
 
 impl HostEnd {
-    /// Takes a non-blocking stream socket that is not watched yet.
-    pub fn new(socket: OwnedFd, deadline: Option<Instant>) -> Self {
+    /// Takes a non-blocking stream socket; `watched` if it is watched under some token already.
+    pub fn new(socket: OwnedFd, watched: bool, deadline: Option<Instant>) -> Self {
         Self {
             socket: Some(socket),
+            watched,
             token: 0,
             spill: Spill::default(),
             watches_write: false,
@@ -72,16 +74,20 @@ impl HostEnd {
         }
     }
 
-    /// Begins to watch the socket under `token`; `watched` if it was watched under another one before.
+    /// Watches the socket under `token`.
     ///
     /// # Errors
     /// The system call's.
-    pub fn watch(&mut self, token: PollToken, watched: bool, poll: &mut dyn Poll) -> io::Result<()> {
+    pub fn watch(&mut self, token: PollToken, poll: &mut dyn Poll) -> io::Result<()> {
         self.token = token;
         let Some(socket) = &self.socket else { return Ok(()) };
         let fd = socket.as_raw_fd();
         // A change of the watch repeats the events that hold.
-        if watched { poll.modify(fd, token, READ_EVENTS) } else { poll.add(fd, token, READ_EVENTS) }
+        if std::mem::replace(&mut self.watched, true) {
+            poll.modify(fd, token, READ_EVENTS)
+        } else {
+            poll.add(fd, token, READ_EVENTS).inspect_err(|_| self.watched = false)
+        }
     }
 
     /// Takes in that `events` came for the socket.
@@ -231,7 +237,9 @@ impl HostEnd {
     pub fn close(&mut self, poll: &mut dyn Poll) {
         self.readable = false;
         self.spill = Spill::default();
-        if let Some(socket) = self.socket.take() {
+        if let Some(socket) = self.socket.take()
+            && std::mem::take(&mut self.watched)
+        {
             poll.remove(socket.as_raw_fd());
         }
     }

@@ -76,10 +76,12 @@ struct Greeting {
 /// A client that has.
 #[derive(Debug)]
 pub struct Caller {
-    /// Its socket, still watched under its greeting's token.
+    /// Its socket.
     pub socket: OwnedFd,
     /// The guest's port.
     pub port: u32,
+    /// Whether the socket is watched, under its greeting's token.
+    pub watched: bool,
 }
 
 /// The listening socket and its clients.
@@ -129,32 +131,42 @@ impl Listener {
         }
     }
 
-    /// Accepts who waits, up to a limit (the socket stays ready then). Returns the numbers of the new greetings.
+    /// Accepts who waits, up to a limit (the socket stays ready then). Returns those whose line is there already, as
+    /// it often is.
     ///
     /// # Errors
     /// When the process or the system has no descriptors or memory left: the listener should rest for a while.
-    pub fn accept(&mut self, deadline: Instant, poll: &mut dyn Poll) -> io::Result<Vec<u32>> {
-        let mut numbers = Vec::new();
+    pub fn accept(&mut self, deadline: Instant, poll: &mut dyn Poll) -> io::Result<Vec<Caller>> {
+        let mut callers = Vec::new();
         for _ in 0..MAX_ACCEPTS {
-            match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(socket) => {
-                    let number = self.next_number;
-                    self.next_number = Source::next_greeting(number);
-                    poll.add(socket.as_raw_fd(), Source::Greeting(number).token(), READ_EVENTS)?;
-                    self.greetings.push_back(Greeting { number, socket, deadline });
-                    numbers.push(number);
-                    if self.greetings.len() > self.limit
-                        && let Some(oldest) = self.greetings.pop_front()
-                    {
-                        poll.remove(oldest.socket.as_raw_fd());
-                    }
-                }
+            let socket = match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => socket,
                 Err(Errno::AGAIN) => break,
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                // Whoever came before is served first; the next call meets the error again.
+                Err(_) if !callers.is_empty() => break,
                 Err(error) => return Err(error.into()),
+            };
+            match take_line(socket.as_fd()) {
+                Line::Connect { port, .. } => callers.push(Caller { socket, port, watched: false }),
+                Line::Partial => self.greet(socket, deadline, poll)?,
+                Line::Malformed => {}
             }
         }
-        Ok(numbers)
+        Ok(callers)
+    }
+
+    fn greet(&mut self, socket: OwnedFd, deadline: Instant, poll: &mut dyn Poll) -> io::Result<()> {
+        let number = self.next_number;
+        self.next_number = Source::next_greeting(number);
+        poll.add(socket.as_raw_fd(), Source::Greeting(number).token(), READ_EVENTS)?;
+        self.greetings.push_back(Greeting { number, socket, deadline });
+        if self.greetings.len() > self.limit
+            && let Some(oldest) = self.greetings.pop_front()
+        {
+            poll.remove(oldest.socket.as_raw_fd());
+        }
+        Ok(())
     }
 
     /// Looks what the client of a greeting has said; gives it out if its line is complete. `ended` says that it will
@@ -167,7 +179,7 @@ impl Listener {
         }
         let greeting = self.greetings.remove(index)?;
         match line {
-            Line::Connect { port, .. } => Some(Caller { socket: greeting.socket, port }),
+            Line::Connect { port, .. } => Some(Caller { socket: greeting.socket, port, watched: true }),
             Line::Partial | Line::Malformed => {
                 poll.remove(greeting.socket.as_raw_fd());
                 None

@@ -40,7 +40,7 @@ mod packet;
 mod streams;
 
 use host::HostEnd;
-use listener::Listener;
+use listener::{Caller, Listener};
 use streams::{StreamId, Streams};
 
 const QUEUE_SIZES: [u16; 3] = [256, 256, 8];
@@ -138,10 +138,9 @@ impl Vsock {
     fn accept(&mut self, poll: &mut dyn Poll) -> Result<(), DeviceError> {
         let deadline = Instant::now() + self.limits.handshake;
         match self.listener.accept(deadline, poll) {
-            Ok(numbers) => {
+            Ok(callers) => {
                 self.timer.fire_at(deadline)?;
-                // A client's line is often there already.
-                numbers.into_iter().for_each(|number| self.hear(number, false, poll));
+                callers.into_iter().for_each(|caller| self.request(caller, poll));
             }
             Err(error) => {
                 slog::warn!(self.log, "cannot accept a vsock client, trying again"; "error" => %error);
@@ -152,16 +151,16 @@ impl Vsock {
         Ok(())
     }
 
-    /// Looks whether a client has finished its line; if so, requests its stream from the guest.
-    fn hear(&mut self, number: u32, ended: bool, poll: &mut dyn Poll) {
-        let Some(caller) = self.listener.hear(number, ended, poll) else { return };
+    /// Requests a client's stream from the guest.
+    fn request(&mut self, caller: Caller, poll: &mut dyn Poll) {
         let deadline = Instant::now() + self.limits.handshake;
-        let id = match self.streams.open_from_host(caller.port, HostEnd::new(caller.socket, Some(deadline))) {
+        let host = HostEnd::new(caller.socket, caller.watched, Some(deadline));
+        let id = match self.streams.open_from_host(caller.port, host) {
             Ok(id) => id,
             Err(mut host) => return host.close(poll),
         };
         if let Some(stream) = self.streams.get_mut(id)
-            && let Err(error) = stream.host.watch(Source::Stream(id).token(), true, poll)
+            && let Err(error) = stream.host.watch(Source::Stream(id).token(), poll)
         {
             slog::warn!(self.log, "cannot watch a vsock client"; "error" => %error);
             stream.host.close(poll);
@@ -283,7 +282,9 @@ impl VirtioDevice for Vsock {
             Source::Timer => self.expire(context.poll)?,
             Source::Greeting(number) => {
                 let ended = events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
-                self.hear(number, ended, context.poll);
+                if let Some(caller) = self.listener.hear(number, ended, context.poll) {
+                    self.request(caller, context.poll);
+                }
             }
             Source::Stream(id) => self.stream_ready(id, events, context.poll),
         }

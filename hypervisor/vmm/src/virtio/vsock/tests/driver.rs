@@ -54,6 +54,18 @@ pub fn watched(driver: &Driver) -> usize {
     driver.poll.watched.len() - 2
 }
 
+/// Hundreds of streams need more descriptors than the usual 1024, here for both ends.
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls only read or write `limit`.
+    let result = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
+        limit.rlim_cur = limit.rlim_max;
+        libc::setrlimit(libc::RLIMIT_NOFILE, &limit)
+    };
+    assert_eq!(result, 0, "RLIMIT_NOFILE: {}", io::Error::last_os_error());
+}
+
 /// Bounds that no test meets by accident.
 pub fn limits() -> Limits {
     Limits { streams: 1024, greetings: 8, handshake: Duration::from_secs(120) }
@@ -84,9 +96,8 @@ impl Poll for TestPoll {
     }
 
     fn remove(&mut self, fd: RawFd) {
-        if self.watched.remove(&fd).is_some() {
-            self.ctl(ControlOperation::Delete, fd, 0, EventSet::empty()).expect("a watched descriptor is open");
-        }
+        self.watched.remove(&fd).expect("a watched descriptor");
+        self.ctl(ControlOperation::Delete, fd, 0, EventSet::empty()).expect("a watched descriptor is open");
     }
 }
 
@@ -111,6 +122,7 @@ pub struct Driver {
 
 impl Driver {
     pub fn new(limits: Limits) -> Self {
+        raise_descriptor_limit();
         Self::with_state(
             VsockState { guest_cid: CID, next_host_port: FIRST_HOST_PORT, owes_transport_reset: false },
             limits,
