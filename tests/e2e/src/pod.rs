@@ -6,7 +6,7 @@ use crate::{
     host::Host,
     process::{Capture, Running},
     shim::Shim,
-    wait::{LONG, STEP},
+    wait::{STEP, long},
 };
 
 /// What a program left when it ended.
@@ -93,7 +93,7 @@ impl<'a> Container<'a> {
     pub fn run(&self, arguments: &[&str]) -> Finished {
         let mut running = Running::start(&mut self.command(arguments));
         running.close_stdin();
-        Finished::of(running, LONG)
+        Finished::of(running, long())
     }
 
     /// Runs `sh -c script` to its end, without input.
@@ -176,7 +176,7 @@ impl Pod<'_> {
 
     /// Waits for its end.
     pub fn finish(self) -> Finished {
-        Finished::of(self.running, LONG)
+        Finished::of(self.running, long())
     }
 
     /// Kills it and waits for its end.

@@ -9,7 +9,9 @@ use std::{
 /// times slower, and other tests run beside it.
 pub const STEP: Duration = Duration::from_secs(90);
 /// The limit of a step that moves much data or runs many pods.
-pub const LONG: Duration = Duration::from_secs(900);
+pub fn long() -> Duration {
+    Duration::from_secs(if crate::sizes::full() { 7200 } else { 900 })
+}
 
 /// Waits until `condition` gives a value.
 ///

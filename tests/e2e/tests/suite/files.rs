@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use caisson_e2e::{Host, Setup, host::Image, sizes, wait::LONG};
+use caisson_e2e::{Host, Setup, host::Image, sizes, wait::long};
 use sha2::{Digest, Sha256};
 
 caisson_e2e::for_each_runtime!(
@@ -28,10 +28,10 @@ fn bind_source(word: &str) -> Option<&str> {
 }
 
 fn files_in_the_container_and_on_the_host(host: &Host) {
-    let (count, mib) = (sizes::size(1000, 10_000), sizes::size(16, 1024));
+    let (count, mib) = (sizes::size(300, 10_000), sizes::size(8, 1024));
     let script = format!("probe files /work {count} {mib} && cp /bin/busybox /bin/copied && sync && echo ready && cat");
     let pod = host.container("files").start(&["sh", "-c", &script]);
-    pod.stdout().wait_for("all checks", LONG, |text| {
+    pod.stdout().wait_for("all checks", long(), |text| {
         let done = text.contains("ready\n");
         (done || text.contains("failed")).then_some(())
     });

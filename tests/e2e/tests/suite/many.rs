@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use caisson_e2e::{Finished, Host, process::Running, sizes, wait::LONG};
+use caisson_e2e::{Finished, Host, process::Running, sizes, wait::long};
 
 caisson_e2e::caisson_only!(in_a_row, side_by_side);
 
@@ -32,13 +32,13 @@ fn side_by_side(host: &Host) {
             .collect();
         // All eight run at the same time before the first may end.
         for pod in &pods {
-            pod.stdout.wait_for("a pod's first line", LONG, |text| text.contains("ready\n").then_some(()));
+            pod.stdout.wait_for("a pod's first line", long(), |text| text.contains("ready\n").then_some(()));
         }
         assert_eq!(host.running("caisson-vmm").len(), 8);
         for (index, mut pod) in pods.into_iter().enumerate() {
             pod.write(format!("{index}\n").as_bytes());
             pod.close_stdin();
-            let finished = Finished::of(pod, LONG);
+            let finished = Finished::of(pod, long());
             assert_eq!(finished.code, Some(index as i32), "{finished:?}");
             assert_eq!(finished.out(), format!("ready\n{index}\n"));
         }

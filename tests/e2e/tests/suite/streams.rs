@@ -6,7 +6,7 @@ use caisson_e2e::{
     process::Running,
     sizes,
     terminal::Terminal,
-    wait::{LONG, STEP},
+    wait::{STEP, long},
 };
 
 caisson_e2e::for_each_runtime!(
@@ -73,7 +73,7 @@ fn much_through_stdin(host: &Host) {
         let sent = sent.clone();
         std::thread::spawn(move || std::io::Write::write_all(&mut stdin, &sent))
     };
-    let finished = Finished::of(running, LONG);
+    let finished = Finished::of(running, long());
     writer.join().expect("the writer does not panic").expect("the container takes all of its input");
     assert_eq!(finished.code, Some(0), "{}", finished.err());
     assert_eq!(finished.stdout.len(), sent.len());
