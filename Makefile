@@ -99,7 +99,7 @@ unit: deps
 # The test programs of the two suites, built here so that no cargo is needed where they run.
 .PHONY: suites
 suites: build image oci host
-	cargo build --locked --release --target $(MUSL) -p caisson-e2e-probe
+	cargo build --locked --release --target $(MUSL) -p caisson-e2e-probe -p caisson-vm-guest
 	@mkdir -p $(SUITES)
 	cargo nextest list --locked -p caisson-vm-tests -p caisson-e2e --list-type binaries-only --message-format json > $(SUITES)/binaries.json
 	cargo metadata --locked --format-version 1 > $(SUITES)/cargo.json

@@ -42,5 +42,7 @@ fn run(log: &Logger) -> Result<ExitReason, MonitorError> {
         OwnedFd::from_raw_fd(CONTROL_FD)
     };
     let control = Control::new(socket)?;
-    Ok(Monitor::new(control, kvm::open(), log.clone())?.run()?.reason)
+    // Never dropped: taking the machine apart in order is needless work, the end of the process does it at once.
+    let monitor = Box::leak(Box::new(Monitor::new(control, kvm::open(), log.clone())?));
+    Ok(monitor.run()?.reason)
 }

@@ -98,11 +98,12 @@ impl Monitor {
         Ok(Self { control, kvm, log, end, events, control_ready, machine: None, paused: false })
     }
 
-    /// Serves until the machine has ended, tells the parent, and gives the notice.
+    /// Serves until the machine has ended, tells the parent, and gives the notice. The machine stays in memory, since
+    /// vCPUs may still run in it: the process is to exit, which ends them together with it.
     ///
     /// # Errors
     /// See [`MonitorError`]; the parent was told if that was possible.
-    pub fn run(mut self) -> Result<ExitNotice, MonitorError> {
+    pub fn run(&mut self) -> Result<ExitNotice, MonitorError> {
         let served = self.serve();
         if let Err(error) = &served {
             self.end.declare(ExitReason::MonitorError, error.to_string());
