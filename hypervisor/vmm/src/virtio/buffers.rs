@@ -176,6 +176,12 @@ impl<'m> Buffers<'m> {
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 
+    /// The ranges, in order.
+    #[cfg(test)]
+    pub(super) fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
+        self.slices.iter()
+    }
+
     fn short(&self, need: usize) -> io::Error {
         io::Error::new(io::ErrorKind::InvalidInput, BufferError { have: self.len, need })
     }
@@ -222,3 +228,6 @@ impl<'m> Buffers<'m> {
 fn file_offset(position: u64) -> io::Result<libc::off64_t> {
     libc::off64_t::try_from(position).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
+
+#[cfg(test)]
+mod tests;

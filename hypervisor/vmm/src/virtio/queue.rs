@@ -128,7 +128,7 @@ impl VirtQueue {
             let descriptor = descriptor.ok_or(QueueError::End(head))?;
             if descriptor.refers_to_indirect_table() {
                 let entries = u16::try_from(descriptor.len() / u32::from(DESCRIPTOR_LEN)).unwrap_or(0);
-                if indirect || descriptor.has_next() || descriptor.len() % u32::from(DESCRIPTOR_LEN) != 0 {
+                if indirect || descriptor.len() % u32::from(DESCRIPTOR_LEN) != 0 {
                     return Err(QueueError::End(head));
                 }
                 (table, size, index, left, indirect) = (descriptor.addr(), entries, 0, entries, true);
@@ -150,6 +150,20 @@ impl VirtQueue {
         self.queue.add_used(memory, head, written)?;
         self.used_since_signal = true;
         Ok(())
+    }
+
+    /// Returns a chain as [`Self::complete`] does, but lets the driver find it at the next interrupt: for a driver that
+    /// only frees it. [`Self::signal_completed`] must follow before long.
+    ///
+    /// # Errors
+    /// If the used ring is not in guest memory.
+    pub fn complete_quietly(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), QueueError> {
+        Ok(self.queue.add_used(memory, head, written)?)
+    }
+
+    /// Makes an interrupt due for what was completed quietly, unless the driver has seen it.
+    pub fn signal_completed(&mut self) {
+        self.used_since_signal = true;
     }
 
     /// Asks the transport to call `queue_ready` for this queue again, after everything else that waits on the device
@@ -223,3 +237,6 @@ impl<'m> Chain<'m> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
