@@ -21,6 +21,7 @@ use std::{
 };
 
 use anyhow::Context;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use slog::{Logger, error, info, warn};
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::{Server, transport::Listener};
@@ -33,6 +34,7 @@ use crate::{
     machine::{self, Launched},
     paths::{PodPaths, allow_missing},
     pod::Pod,
+    processes::raise_own_oom_score,
     service,
     share::{Share, enter_mount_namespace},
     spec::BundleSpec,
@@ -54,6 +56,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let began = env::var(BEGAN).ok().and_then(|began| began.parse().ok()).unwrap_or_else(now_ns);
     // SAFETY: `start` put the listening socket there, and nothing else in this process knows the number.
     let listener = UnixListener::from(unsafe { OwnedFd::from_raw_fd(LISTENER_FD) });
+    fcntl(&listener, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("no listening socket was passed")?;
     let bundle = env::current_dir().context("the bundle directory is gone")?;
     let config = Config::load();
     let level = config.as_ref().map_or(slog::Level::Info, |config| config.level(flags.debug));
@@ -66,6 +69,9 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         move |panic| error!(log, "the shim failed"; "panic" => panic.to_string())
     }));
 
+    if let Err(error) = raise_own_oom_score() {
+        warn!(log, "the shim's OOM score stays containerd's"; "error" => %error);
+    }
     let timeline = Arc::new(Timeline::new(began));
     let prepared = Prepared::new(flags, config.map_err(|error| error.to_string()), &bundle, &sink);
     let runtime =
@@ -94,9 +100,12 @@ impl Prepared {
 
     fn launch(&mut self, config: &Config, bundle: &Path, log: &File) -> Result<Launched, String> {
         self.boot_limit = Duration::from_secs(config.boot_timeout_s.into());
-        self.spec = Some(BundleSpec::read(bundle).map_err(|error| error.to_string())?);
+        let spec = BundleSpec::read(bundle).map_err(|error| error.to_string())?;
+        let oom_score_adj = spec.oom_score_adj;
+        self.spec = Some(spec);
         enter_mount_namespace().map_err(|error| error.to_string())?;
-        let (launched, share) = launch(config, &self.paths, log.as_fd()).map_err(|error| error.to_string())?;
+        let launched = launch(config, &self.paths, oom_score_adj, log.as_fd());
+        let (launched, share) = launched.map_err(|error| error.to_string())?;
         self.share = Some(share);
         Ok(launched)
     }

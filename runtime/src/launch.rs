@@ -69,11 +69,17 @@ fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Laun
     |source| LaunchError::System { what: what.into(), source: source.into() }
 }
 
-/// Makes the pod's directories, mounts its share and launches its machine. `log` becomes the children's standard error.
+/// Makes the pod's directories, mounts its share and launches its machine. `log` becomes the children's standard error, and
+/// `oom_score_adj` says how willingly the host may kill them.
 ///
 /// # Errors
 /// [`LaunchError`] names what failed. Processes that were already started are gone then; directories are not.
-pub fn launch(config: &Config, paths: &PodPaths, log: BorrowedFd<'_>) -> Result<(Launched, Share), LaunchError> {
+pub fn launch(
+    config: &Config,
+    paths: &PodPaths,
+    oom_score_adj: i32,
+    log: BorrowedFd<'_>,
+) -> Result<(Launched, Share), LaunchError> {
     host::check_kvm()?;
     let kernel = host::open_kernel(&config.kernel)?;
     let initramfs = host::open_initramfs(&config.initramfs)?;
@@ -107,6 +113,10 @@ pub fn launch(config: &Config, paths: &PodPaths, log: BorrowedFd<'_>) -> Result<
     let descriptors = [(servers_share.as_fd(), 3), (root.as_fd(), 4)];
     let fsd = Child::spawn(&config.file_server(), &arguments, &descriptors, log)?;
     record(paths, &vmm, &fsd)?;
+    for child in [&vmm, &fsd] {
+        // It may be refused to a shim of few rights; then the pod goes a little before its time.
+        let _ = processes::set_oom_score(child.pid(), oom_score_adj);
+    }
     Ok((Launched { spawned_ns, image, vmm, fsd, control, guest_streams, console, dialer }, share))
 }
 

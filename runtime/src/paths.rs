@@ -14,6 +14,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
@@ -75,21 +76,18 @@ impl PodPaths {
     /// # Errors
     /// What the file system says.
     pub fn create(&self) -> io::Result<()> {
-        use std::os::unix::fs::DirBuilderExt;
+        self.remove()?;
         let mut private = fs::DirBuilder::new();
         private.mode(0o700);
-        match private.create(&self.pod) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                private.recursive(true).create(&self.pod)?;
-                private.recursive(false);
+        let namespace = self.pod.parent().unwrap_or(&self.state_dir);
+        // The last pod of the namespace that is just ending may take the namespace's directory away in between.
+        let mut tries = 0;
+        while let Err(error) = private.create(&self.pod) {
+            tries += 1;
+            if error.kind() != io::ErrorKind::NotFound || tries > 100 {
+                return Err(error);
             }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                self.remove()?;
-                private.recursive(true).create(&self.pod)?;
-                private.recursive(false);
-            }
-            Err(error) => return Err(error),
+            fs::DirBuilder::new().recursive(true).mode(0o711).create(namespace)?;
         }
         private.create(self.shared())?;
         private.create(self.view())

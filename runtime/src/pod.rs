@@ -68,12 +68,10 @@ fn process_request(name: &Name) -> ProcessRequest {
     ProcessRequest { container_id: name.container.clone(), exec_id: name.exec.clone(), ..ProcessRequest::default() }
 }
 
-/// The guest's word on how a process ended. Its status is one byte, whatever it says; its clock may be anything, so a time
-/// that is none becomes now.
+/// The guest's word on how a process ended: its status is one byte, whatever the guest says. The time is the host's own,
+/// because a guest's clock may be anything.
 fn exit_of(response: &WaitResponse) -> Exit {
-    let since_epoch = u64::try_from(response.exited_at_ns).ok().filter(|nanos| *nanos > 0);
-    let at = since_epoch.and_then(|nanos| SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(nanos)));
-    Exit { status: response.exit_status & 0xff, at: at.unwrap_or_else(SystemTime::now) }
+    Exit { status: response.exit_status & 0xff, at: SystemTime::now() }
 }
 
 impl Pod {

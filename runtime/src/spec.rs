@@ -54,6 +54,8 @@ pub struct BundleSpec {
     pub json: Vec<u8>,
     /// The bundle's own root directory.
     pub rootfs: PathBuf,
+    /// How willingly the host may kill the pod when memory is short, -1000 (never) to 1000.
+    pub oom_score_adj: i32,
 }
 
 impl BundleSpec {
@@ -77,7 +79,8 @@ impl BundleSpec {
             field,
             message: message.into(),
         })?;
-        Ok(Self { json, rootfs })
+        let oom_score_adj = spec.process().as_ref().and_then(|process| process.oom_score_adj()).unwrap_or(0);
+        Ok(Self { json, rootfs, oom_score_adj: oom_score_adj.clamp(-1000, 1000) })
     }
 }
 
@@ -147,7 +150,7 @@ mod tests {
     fn spec() -> Value {
         json!({
             "ociVersion": "1.0.2",
-            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/" },
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/", "oomScoreAdj": 4711 },
             "root": { "path": "rootfs" },
             "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
             "linux": { "namespaces": [
@@ -166,6 +169,7 @@ mod tests {
     fn a_good_one_gives_its_root() {
         let read = read(spec().to_string().as_bytes()).unwrap();
         assert!(read.rootfs.ends_with("rootfs") && read.rootfs.is_absolute());
+        assert_eq!(read.oom_score_adj, 1000);
     }
 
     #[test]

@@ -34,13 +34,14 @@ async fn a_container_from_create_to_delete() {
     assert_eq!(bench.start("one", "").await.unwrap().pid, 4711);
     for wait in waits {
         let exit = wait.await.unwrap();
-        assert_eq!((exit.exit_status, exit.exited_at.seconds), (0, 1_700_000_000));
+        assert_eq!(exit.exit_status, 0);
+        assert!(exit.exited_at.seconds > 1_700_000_000, "the host's time, not the guest's");
     }
     assert_eq!((out.await.unwrap(), err.await.unwrap()), (b"hello pod\n".to_vec(), b"to stderr\n".to_vec()));
     assert_eq!(bench.state("one", "").await.unwrap().status.unwrap(), Status::STOPPED);
     assert_eq!(bench.wait("one", "").await.unwrap().exit_status, 0, "however late");
     let deleted = bench.delete("one", "").await.unwrap();
-    assert_eq!((deleted.exit_status, deleted.pid, deleted.exited_at.seconds), (0, 4711, 1_700_000_000));
+    assert_eq!((deleted.exit_status, deleted.pid), (0, 4711));
     assert_eq!(bench.shared(), Vec::<String>::new());
     assert_eq!(refusal(bench.delete("one", "").await).0, Code::NOT_FOUND);
     assert_eq!(refusal(bench.state("one", "").await), (Code::NOT_FOUND, "container one not created".into()));
@@ -248,7 +249,6 @@ async fn a_guest_that_lies_about_an_exit_is_cut_to_size() {
     bench.start("one", "").await.unwrap();
     let exit = bench.wait("one", "").await.unwrap();
     assert_eq!(exit.exit_status, 255);
-    assert!(exit.exited_at.seconds > 1_700_000_000, "the shim's own time");
 }
 
 #[tokio::test]
