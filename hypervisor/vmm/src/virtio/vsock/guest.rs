@@ -6,6 +6,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
+    time::Instant,
 };
 
 use caisson_protos::monitor::{GuestStream, encode};
@@ -13,7 +14,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::{
     super::{Buffers, Chain, Context, DeviceError, Poll},
-    EVENT, MAX_CHAINS, RX, Source, TX, Vsock,
+    EVENT, MAX_CHAINS, QUIET_CHAINS, RX, Source, TX, Vsock,
     connection::Received,
     host::{Deaf, HostEnd, Incoming},
     packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM},
@@ -43,12 +44,35 @@ impl Vsock {
                 return self.send_packets(context);
             };
             self.take_packet(&chain.readable, context);
-            context.complete(TX, chain.head, 0)?;
+            self.complete_transmitted(context, chain.head)?;
         }
         if let Some(queue) = context.queues.get_mut(TX) {
             queue.call_again();
         }
         self.send_packets(context)
+    }
+
+    /// Returns a transmitted chain. An interrupt for it alone would stop the guest, often wake it, and cost it two
+    /// exits, only to let it free a buffer; mostly there is soon one for a packet to it.
+    fn complete_transmitted(&mut self, context: &mut Context, head: u16) -> Result<(), DeviceError> {
+        let Some(queue) = context.queues.get_mut(TX) else { return Ok(()) };
+        queue.complete_quietly(context.memory, head, 0)?;
+        self.quiet_chains += 1;
+        match self.quiet_chains {
+            1 => self.timer.fire_at(Instant::now() + self.limits.quiet)?,
+            QUIET_CHAINS.. => self.signal_transmitted(context),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Tells the driver of all transmitted chains.
+    pub(super) fn signal_transmitted(&mut self, context: &mut Context) {
+        if std::mem::take(&mut self.quiet_chains) > 0
+            && let Some(queue) = context.queues.get_mut(TX)
+        {
+            queue.signal_completed();
+        }
     }
 
     fn take_packet(&mut self, chain: &Buffers, context: &mut Context) {

@@ -49,6 +49,8 @@ const TX: usize = 1;
 const EVENT: usize = 2;
 /// Chains handled in one call before others on the device thread have their turn.
 const MAX_CHAINS: usize = 256;
+/// The driver only frees what it has transmitted, so it is told of so many chains together.
+const QUIET_CHAINS: u16 = 32;
 /// How long the listener rests when the process has no descriptor for another client.
 const LISTENER_REST: Duration = Duration::from_millis(100);
 
@@ -61,9 +63,12 @@ struct Limits {
     greetings: usize,
     /// Time for a host client's line, and then for the guest's answer to it.
     handshake: Duration,
+    /// After this time the driver is told of transmitted chains, however few.
+    quiet: Duration,
 }
 
-const LIMITS: Limits = Limits { streams: 1024, greetings: 128, handshake: Duration::from_secs(10) };
+const LIMITS: Limits =
+    Limits { streams: 1024, greetings: 128, handshake: Duration::from_secs(30), quiet: Duration::from_millis(5) };
 
 /// What of the device survives a save. Streams do not: the guest is told to reset them when the machine goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +91,8 @@ pub struct Vsock {
     timer: Timer,
     /// The driver was asked to notify when it posts a receive buffer.
     awaits_buffers: bool,
+    /// Transmitted chains that the driver was not told of.
+    quiet_chains: u16,
     limits: Limits,
     log: Logger,
 }
@@ -124,6 +131,7 @@ impl Vsock {
             streams: Streams::new(limits.streams, state.next_host_port),
             timer: Timer::new()?,
             awaits_buffers: false,
+            quiet_chains: 0,
             state,
             limits,
             log,
@@ -210,8 +218,10 @@ impl Vsock {
     }
 
     /// Ends what has waited for too long.
-    fn expire(&mut self, poll: &mut dyn Poll) -> Result<(), DeviceError> {
+    fn expire(&mut self, context: &mut Context) -> Result<(), DeviceError> {
         self.timer.fired();
+        self.signal_transmitted(context);
+        let poll = &mut *context.poll;
         self.listener.watch(poll).map_err(|source| DeviceError::Host { what: "watch the vsock listener", source })?;
         let now = Instant::now();
         let mut next = self.listener.expire(now, poll);
@@ -255,6 +265,7 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, context: &mut Context) -> Result<(), DeviceError> {
         self.awaits_buffers = true;
+        self.quiet_chains = 0;
         self.listener
             .watch(context.poll)
             .and_then(|()| context.poll.add(self.timer.fd(), Source::Timer.token(), EventSet::IN))
@@ -279,7 +290,7 @@ impl VirtioDevice for Vsock {
     ) -> Result<(), DeviceError> {
         match Source::from_token(token) {
             Source::Listener => self.accept(context.poll)?,
-            Source::Timer => self.expire(context.poll)?,
+            Source::Timer => self.expire(context)?,
             Source::Greeting(number) => {
                 let ended = events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
                 if let Some(caller) = self.listener.hear(number, ended, context.poll) {

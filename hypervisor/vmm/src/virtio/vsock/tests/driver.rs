@@ -68,7 +68,7 @@ fn raise_descriptor_limit() {
 
 /// Bounds that no test meets by accident.
 pub fn limits() -> Limits {
-    Limits { streams: 1024, greetings: 8, handshake: Duration::from_secs(120) }
+    Limits { streams: 1024, greetings: 8, handshake: Duration::from_secs(120), quiet: Duration::from_secs(120) }
 }
 
 #[derive(Debug)]
