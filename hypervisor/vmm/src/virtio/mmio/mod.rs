@@ -367,3 +367,6 @@ impl Poll for Watches<'_, '_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
