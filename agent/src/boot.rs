@@ -11,10 +11,11 @@ use std::{fs, io, os::fd::AsFd, path::Path};
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use rustix::{
-    fs::CWD,
+    fs::{CWD, Mode, OFlags},
     mount::{
         MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree,
     },
+    process::{DumpableBehavior, set_dumpable_behavior},
 };
 
 use crate::sys;
@@ -56,15 +57,18 @@ pub fn prepare() -> Result<(), BootError> {
     step("open the standard descriptors", standard_descriptors())?;
     step("mount /run", mount("tmpfs", "/run", "tmpfs", nosuid | nodev, Some(c"mode=0755")))?;
     step("mount cgroup v2", mount("cgroup2", CGROUP_MOUNT, "cgroup2", nosuid | nodev | noexec, Some(c"nsdelegate")))?;
+    // A stage shares the agent's memory for the moment between its birth, which may be in a container, and its exec.
+    step("make the agent's memory unreadable", set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
     step("protect the agent from the OOM killer", fs::write("/proc/self/oom_score_adj", "-1000"))?;
     step("bring the loopback interface up", loopback_up())
 }
 
 /// The kernel leaves descriptors 0 to 2 closed where there is no console. A socket that got one of these numbers would be
-/// taken for an output.
+/// taken for an output. They stay open in the stages, which would meet the same.
 fn standard_descriptors() -> io::Result<()> {
     loop {
-        let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+        // Not close-on-exec, unlike what the standard library opens.
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty())?;
         if std::os::fd::AsRawFd::as_raw_fd(&null) > 2 {
             return Ok(());
         }

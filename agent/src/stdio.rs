@@ -114,18 +114,22 @@ pub fn terminal(streams: HostStreams, master: OwnedFd) -> io::Result<Handle> {
     {
         let (read, write) = tokio::io::split(stream);
         tokio::spawn(copy_input(read, master.clone(), closing));
-        tokio::spawn(copy_output(master, write));
+        tokio::spawn(terminal_output(master, Some(write)));
         return Ok(handle);
     }
     if let Some(stream) = stdin.take() {
         tokio::spawn(copy_input(stream, master.clone(), closing));
     }
-    match stdout {
-        Some(stream) => drop(tokio::spawn(output_and_linger(master, stream))),
-        // Nobody reads, but the terminal must not fill up and stop the process.
-        None => drop(tokio::spawn(copy_output(master, tokio::io::sink()))),
-    }
+    tokio::spawn(terminal_output(master, stdout));
     Ok(handle)
+}
+
+/// Copies what a terminal shows. Without a reader, or after it has gone, the terminal must not fill up and stop the process.
+async fn terminal_output(master: Descriptor, stream: Option<impl AsyncWrite + Unpin>) {
+    if let Some(stream) = stream {
+        copy_output(master.clone(), stream).await;
+    }
+    copy_output(master, tokio::io::sink()).await;
 }
 
 /// A pipe that belongs to the user: read end, write end.
@@ -185,7 +189,7 @@ async fn copy_output(mut from: Descriptor, mut to: impl AsyncWrite + Unpin) {
         match from.read(&mut buffer).await.ok().and_then(|length| buffer.get(..length)) {
             None | Some([]) => break,
             // The host has gone: closing our end tells the writer so, as on any pipe.
-            Some(bytes) if to.write_all(bytes).await.is_err() => return,
+            Some(bytes) if to.write_all(bytes).await.is_err() => break,
             Some(_) => {}
         }
     }

@@ -23,6 +23,7 @@ use crate::{
     plan::{InitPlan, Plan},
     spec::{self, Accepted, process::Inherited},
     stdio::{self, HostStreams},
+    sys,
 };
 
 /// How long a stage may take to prepare. A file server that does not answer is the usual reason.
@@ -135,7 +136,15 @@ impl Containers {
             Pending::Init(stage) => stage,
             Pending::Exec(plan, streams) => self.start_exec(&container, &process, *plan, streams).await?,
         };
-        enter(&mut stage).await?;
+        if let Err(error) = enter(&mut stage).await {
+            // A stage that told why ends by itself, with a status that says so; one that is stuck must not stay.
+            if !matches!(error, Error::Stage(_))
+                && let Ok(pid) = process.target()
+            {
+                let _ = sys::kill(pid, libc::SIGKILL);
+            }
+            return Err(error);
+        }
         process.entered();
         Ok(process.pid().unwrap_or(0))
     }

@@ -42,6 +42,10 @@ impl Containers {
             warn!(self.log, "a deleted container's last writes are lost"; "container" => id, "error" => %error);
         }
         lock(&self.map).remove(id);
+        for exec in lock(&container.execs).values() {
+            // Nobody can start it any more, and someone may wait for its end.
+            Self::end_unstarted(exec);
+        }
         if let Err(error) = &cleared {
             warn!(self.log, "a deleted container left something"; "container" => id, "error" => %error);
         }

@@ -10,8 +10,9 @@
 //!  receive the plan                                 the same
 //!  join the cgroup                                  the same
 //!  new mount, ipc, uts, cgroup namespaces           the container's namespaces, through its init's pidfd
-//!  root, mounts, devices, masks    (rootfs.rs)
+//!  root, mounts, devices           (rootfs.rs)
 //!  terminal or pipes               (stdio.rs)       the same
+//!  read-only and masked paths      (rootfs.rs)
 //!  limits, groups, user, capabilities (identity.rs) the same
 //!  say Ready, wait for go                           the same
 //!  enter the program               (program.rs)     the same
@@ -38,16 +39,25 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
-use rustix::process::{DumpableBehavior, set_dumpable_behavior, setsid};
+use rustix::{
+    fs::{CWD, Mode, OFlags, openat},
+    process::{DumpableBehavior, set_dumpable_behavior, setsid},
+};
 
 use crate::{
     handshake::{Reply, StageEnd},
-    plan::{ExecPlan, Failure, FailureKind, InitPlan, Plan, ProcessPlan, Trying},
+    plan::{Failure, FailureKind, Plan, ProcessPlan, Trying},
     sys,
 };
 
 /// The argument that makes the agent's binary a stage.
 pub const ARGUMENT: &str = "stage";
+
+/// What a container has of its own, beside the pid namespace into which the stage is born.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS)
+    .union(CloneFlags::CLONE_NEWCGROUP);
 
 /// How a stage ends when it cannot go on, as a shell would say: no such program.
 const EXIT_NOT_FOUND: u8 = 127;
@@ -80,69 +90,44 @@ pub fn main() -> u8 {
 fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
     let (plan, fds) = agent.receive_plan().trying(|| "receive the plan".into())?;
     let mut fds = fds.into_iter();
-    let (process, console) = match &plan {
+    let (process, root, terminal) = match &plan {
         Plan::Init(plan) => {
-            let root = become_init(plan)?;
-            (&plan.process, Some(root))
+            begin(&plan.cgroup, &plan.process)?;
+            unshare(NAMESPACES).trying(|| "create the container's namespaces".into())?;
+            let unsealed = rootfs::prepare(plan)?;
+            let terminal = stdio::attach(&plan.process, &unsealed.root, true, fds.collect())?;
+            (&plan.process, rootfs::seal(unsealed, &plan.view)?, terminal)
         }
         Plan::Exec(plan) => {
+            begin(&plan.cgroup, &plan.process)?;
             let init =
                 fds.next().ok_or_else(|| Failure::new(FailureKind::Internal, "the plan came without a pidfd"))?;
-            join(plan, init)?;
-            (&plan.process, None)
+            setns(init, NAMESPACES).trying(|| "join the container's namespaces".into())?;
+            let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+            let root = inroot::Root::new(root.trying(|| "open the container's root".into())?);
+            let terminal = stdio::attach(&plan.process, &root, false, fds.collect())?;
+            (&plan.process, root, terminal)
         }
     };
-    let root = match console {
-        Some(root) => root,
-        None => inroot::Root::new(
-            rustix::fs::open("/", rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
-                .trying(|| "open the container's root".into())?,
-        ),
-    };
-    let is_init = matches!(plan, Plan::Init(_));
-    setsid().trying(|| "begin a session".into())?;
-    sys::new_session_keyring().trying(|| "begin a session keyring".into())?;
-    let terminal = stdio::attach(process, &root, is_init, fds.collect())?;
     let env = program::environment(process, &root);
     identity::assume(process, &root)?;
     drop(root);
     agent.send(&Reply::Ready, terminal.as_ref().map(AsFd::as_fd)).trying(|| "tell the agent".into())?;
     drop(terminal);
     agent.receive_go().trying(|| "wait for the agent".into())?;
-    enter(process, &env)
-}
-
-fn become_init(plan: &InitPlan) -> Result<inroot::Root, Failure> {
-    join_cgroup(&plan.cgroup)?;
-    set_oom_score(plan.process.oom_score_adj)?;
-    unshare(
-        CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP,
-    )
-    .trying(|| "create the container's namespaces".into())?;
-    rootfs::prepare(plan)
-}
-
-fn join(plan: &ExecPlan, init: OwnedFd) -> Result<(), Failure> {
-    join_cgroup(&plan.cgroup)?;
-    set_oom_score(plan.process.oom_score_adj)?;
-    let all =
-        CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWCGROUP;
-    setns(init, all).trying(|| "join the container's namespaces".into())
-}
-
-fn join_cgroup(cgroup: &Path) -> Result<(), Failure> {
-    // 0 means the process that writes.
-    fs::write(cgroup.join("cgroup.procs"), "0").trying(|| format!("join the cgroup {}", cgroup.display()))
-}
-
-fn set_oom_score(score: i32) -> Result<(), Failure> {
-    fs::write("/proc/self/oom_score_adj", score.to_string()).trying(|| format!("set oom_score_adj to {score}"))
-}
-
-fn enter(process: &ProcessPlan, env: &[std::ffi::CString]) -> Result<std::convert::Infallible, Failure> {
     sys::default_signals();
     sys::close_all_on_exec().trying(|| "close the agent's descriptors".into())?;
-    program::exec(process, env)
+    program::exec(process, &env)
+}
+
+/// What is done while the guest's own file systems are in sight.
+fn begin(cgroup: &Path, process: &ProcessPlan) -> Result<(), Failure> {
+    // 0 means the process that writes.
+    fs::write(cgroup.join("cgroup.procs"), "0").trying(|| format!("join the cgroup {}", cgroup.display()))?;
+    let score = process.oom_score_adj;
+    fs::write("/proc/self/oom_score_adj", score.to_string()).trying(|| format!("set oom_score_adj to {score}"))?;
+    setsid().trying(|| "begin a session".into())?;
+    sys::new_session_keyring().trying(|| "begin a session keyring".into())
 }
 
 /// Puts `fd` in place of a standard descriptor; the copy survives exec.

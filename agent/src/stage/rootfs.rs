@@ -1,8 +1,9 @@
 //! The container's file systems, from an empty mount namespace to the finished view.
 //!
 //! ```text
-//! all mounts private ─► bind the root file system ─► pivot_root, detach the guest's ─► mounts ─► devices
-//!        ─► names and kernel settings ─► read-only mounts ─► masked and read-only paths ─► read-only root
+//! prepare  all mounts private ─► bind the root file system ─► pivot_root, detach the guest's ─► mounts ─► devices
+//!              ─► names and kernel settings          (then the terminal, which may become /dev/console)
+//! seal     read-only mounts ─► read-only and masked paths ─► read-only root
 //! ```
 //!
 //! The guest's own tree is gone before the first path of the image is touched, so even a mistake in what follows could not
@@ -30,8 +31,14 @@ use crate::{
     sys,
 };
 
+/// A container's root, in which everything may still be changed.
+pub(super) struct Unsealed<'p> {
+    pub(super) root: Root,
+    read_only: Vec<(&'p Path, OwnedFd)>,
+}
+
 /// Builds the view of a new container; the calling process is inside afterwards, at its root.
-pub(super) fn prepare(plan: &InitPlan) -> Result<Root, Failure> {
+pub(super) fn prepare(plan: &InitPlan) -> Result<Unsealed<'_>, Failure> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .trying(|| "make the mounts private".into())?;
     let root = enter_root(plan)?;
@@ -43,6 +50,13 @@ pub(super) fn prepare(plan: &InitPlan) -> Result<Root, Failure> {
     devices::make(&root, view)?;
     name_system(view)?;
     set_kernel_settings(view)?;
+    make_working_directory(&root, &plan.process.cwd)?;
+    Ok(Unsealed { root, read_only })
+}
+
+/// Takes away what the program may not change or see.
+pub(super) fn seal(unsealed: Unsealed<'_>, view: &View) -> Result<Root, Failure> {
+    let Unsealed { root, read_only } = unsealed;
     for (path, mount) in read_only {
         set_read_only(mount.as_fd(), false).trying(|| format!("make {} read-only", path.display()))?;
     }
@@ -52,7 +66,6 @@ pub(super) fn prepare(plan: &InitPlan) -> Result<Root, Failure> {
     for path in &view.masked_paths {
         mask(&root, path).trying(|| format!("linux.maskedPaths: {}", path.display()))?;
     }
-    make_working_directory(&root, &plan.process.cwd)?;
     if view.readonly_root {
         set_read_only(root.directory(), false).trying(|| "make the root read-only".into())?;
     }
