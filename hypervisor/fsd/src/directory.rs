@@ -1,10 +1,10 @@
 //! Listing directories.
 //!
-//! Entries come in the kernel's order with the kernel's positions; a listing goes on at the position that the guest names.
-//! The directory stays open meanwhile, so that entries which are removed between two requests do not shift the rest
-//! (`rm -r` on tmpfs) and overlayfs merges its layers once.
+//! Entries come in the kernel's order with the kernel's positions. The directory stays open while the guest lists it, and
+//! entries that did not fit into a reply wait for the next request, so that the kernel is never asked to go back to a
+//! position: tmpfs counts entries (before Linux 6.6), and would skip some after others were removed (`rm -r`).
 
-use std::{ffi::CStr, fs::File, mem::MaybeUninit};
+use std::{collections::VecDeque, ffi::CString, fs::File, mem::MaybeUninit};
 
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry};
 use rustix::{
@@ -18,87 +18,135 @@ use crate::tree::Tree;
 const BUFFER: usize = 4096;
 const BUFFER_PLUS: usize = 1024;
 
-/// Adds entries from `offset` on until `add` returns 0 or the directory ends.
+/// An open directory.
+#[derive(Debug)]
+pub struct Directory {
+    file: File,
+    /// Where the guest goes on if it lists in order: before the first waiting entry.
+    position: u64,
+    waiting: VecDeque<Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    inode: u64,
+    /// The position after it.
+    next: u64,
+    kind: FileType,
+    name: CString,
+}
+
+impl Directory {
+    /// A directory that was just opened.
+    pub fn new(file: File) -> Self {
+        Self { file, position: 0, waiting: VecDeque::new() }
+    }
+
+    /// The directory itself.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives entries from `offset` on to `add`, until it returns 0 (which it also does when it has no room) or the
+    /// directory ends.
+    ///
+    /// # Errors
+    /// The system calls', and that of `add`; only before the first entry, since the others must reach the guest.
+    fn each(
+        &mut self,
+        offset: u64,
+        buffer: &mut [MaybeUninit<u8>],
+        mut add: impl FnMut(&CString, DirEntry) -> std::io::Result<usize>,
+    ) -> Result<(), Errno> {
+        if offset != self.position {
+            self.waiting.clear();
+            self.position = seek(&self.file, SeekFrom::Start(offset))?;
+        }
+        let mut first = true;
+        loop {
+            while let Some(Waiting { inode, next, kind, name }) = self.waiting.front() {
+                let view = DirEntry { ino: *inode, offset: *next, type_: directory_type(*kind), name: name.as_bytes() };
+                match add(name, view) {
+                    Ok(0) => return Ok(()),
+                    Ok(_) => self.position = *next,
+                    Err(error) if first => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+                    Err(_) => return Ok(()),
+                }
+                first = false;
+                self.waiting.pop_front();
+            }
+            match self.read(buffer) {
+                Ok(()) if self.waiting.is_empty() => return Ok(()),
+                Ok(()) => {}
+                Err(errno) if first => return Err(errno),
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// Reads the next entries; none at the end.
+    fn read(&mut self, buffer: &mut [MaybeUninit<u8>]) -> Result<(), Errno> {
+        let mut entries = RawDir::new(&self.file, buffer);
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            self.waiting.push_back(Waiting {
+                inode: entry.ino(),
+                next: entry.next_entry_cookie(),
+                kind: entry.file_type(),
+                name: entry.file_name().to_owned(),
+            });
+            if entries.is_buffer_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds entries from `offset` on.
 ///
 /// # Errors
-/// The system calls'; that of `add`.
+/// See [`Directory`]; EBADF if the handle is not one of this node.
 pub fn list(
-    directory: &File,
-    size: u32,
+    tree: &mut Tree,
+    node: u64,
+    handle: u64,
     offset: u64,
     add: &mut dyn FnMut(DirEntry) -> std::io::Result<usize>,
 ) -> Result<(), Errno> {
     let mut buffer = [MaybeUninit::uninit(); BUFFER];
-    each(directory, size, offset, &mut buffer, |_, entry| add(entry))
+    tree.with_directory(node, handle, |_, directory| directory.each(offset, &mut buffer, |_, entry| add(entry)))
 }
 
 /// The same, with each entry's attributes and a reference to it for the guest.
 ///
 /// # Errors
-/// The system calls'; that of `add`.
+/// See [`Directory`]; EBADF if the handle is not one of this node.
 pub fn list_plus(
     tree: &mut Tree,
     node: u64,
     handle: u64,
-    size: u32,
     offset: u64,
     add: &mut dyn FnMut(DirEntry, Entry) -> std::io::Result<usize>,
 ) -> Result<(), Errno> {
     let mut buffer = [MaybeUninit::uninit(); BUFFER_PLUS];
-    let directory =
-        tree.directory(node, handle)?.try_clone().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
-    each(&directory, size, offset, &mut buffer, |name, entry| {
-        // Without a node number the guest takes the name alone. So for "." and "..", and for what cannot be looked up
-        // (it is gone, or the guest knows too many files): a listing must not fail for one entry.
-        let found = tree.lookup(node, name).unwrap_or_default();
-        let known = found.inode;
-        let inode = if known == 0 { entry.ino } else { found.attr.st_ino };
-        let added = add(DirEntry { ino: inode, ..entry }, found);
-        if known != 0 && !matches!(added, Ok(1..)) {
-            tree.forget(known, 1);
-        }
-        added
+    tree.with_directory(node, handle, |tree, directory| {
+        directory.each(offset, &mut buffer, |name, entry| {
+            // Without a node number the guest takes the name alone. So for "." and "..", and for what cannot be looked up
+            // (it is gone, or the guest knows too many files): a listing must not fail for one entry.
+            let found = tree.lookup(node, name).unwrap_or_default();
+            let known = found.inode;
+            let inode = if known == 0 { entry.ino } else { found.attr.st_ino };
+            let added = add(DirEntry { ino: inode, ..entry }, found);
+            if known != 0 && !matches!(added, Ok(1..)) {
+                tree.forget(known, 1);
+            }
+            added
+        })
     })
 }
 
-fn each(
-    directory: &File,
-    size: u32,
-    offset: u64,
-    buffer: &mut [MaybeUninit<u8>],
-    mut add: impl FnMut(&CStr, DirEntry) -> std::io::Result<usize>,
-) -> Result<(), Errno> {
-    if size == 0 {
-        return Ok(());
-    }
-    seek(directory, SeekFrom::Start(offset))?;
-    let mut entries = RawDir::new(directory, buffer);
-    let mut first = true;
-    while let Some(entry) = entries.next() {
-        let entry = match entry {
-            Ok(entry) => entry,
-            // What is added already bears references, so it has to reach the guest.
-            Err(errno) if first => return Err(errno),
-            Err(_) => return Ok(()),
-        };
-        let name = entry.file_name();
-        let view = DirEntry {
-            ino: entry.ino(),
-            offset: entry.next_entry_cookie(),
-            type_: kind(entry.file_type()),
-            name: name.to_bytes(),
-        };
-        match add(name, view) {
-            Ok(0) => return Ok(()),
-            Ok(_) => first = false,
-            Err(e) if first => return Err(Errno::from_io_error(&e).unwrap_or(Errno::IO)),
-            Err(_) => return Ok(()),
-        }
-    }
-    Ok(())
-}
-
-fn kind(kind: FileType) -> u32 {
+fn directory_type(kind: FileType) -> u32 {
     let kind = match kind {
         FileType::RegularFile => libc::DT_REG,
         FileType::Directory => libc::DT_DIR,

@@ -357,11 +357,11 @@ impl FileSystem for Service {
         _: &Context,
         node: u64,
         handle: u64,
-        size: u32,
+        _: u32,
         offset: u64,
         add: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        Ok(directory::list(self.tree().directory(node, handle)?, size, offset, add)?)
+        Ok(directory::list(&mut self.tree(), node, handle, offset, add)?)
     }
 
     fn readdirplus(
@@ -369,11 +369,11 @@ impl FileSystem for Service {
         _: &Context,
         node: u64,
         handle: u64,
-        size: u32,
+        _: u32,
         offset: u64,
         add: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        Ok(directory::list_plus(&mut self.tree(), node, handle, size, offset, add)?)
+        Ok(directory::list_plus(&mut self.tree(), node, handle, offset, add)?)
     }
 
     fn fsyncdir(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {

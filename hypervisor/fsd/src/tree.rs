@@ -27,6 +27,7 @@ use rustix::{
 
 use crate::{
     attributes::{attributes, examine, key, kind},
+    directory::Directory,
     files::{Access, OpenFiles, out_of_descriptors, reopen},
     nodes::Nodes,
 };
@@ -46,7 +47,7 @@ pub struct Tree {
     pub nodes: Nodes,
     /// Files open for reading and writing.
     pub files: OpenFiles,
-    directories: HashMap<u64, (u64, File)>,
+    directories: HashMap<u64, (u64, Directory)>,
     next_handle: u64,
     proc_fds: OwnedFd,
 }
@@ -169,7 +170,7 @@ impl Tree {
         let directory = reopen(self.nodes.get(node)?, flags, &self.proc_fds)?;
         let handle = self.next_handle;
         self.next_handle += 1;
-        self.directories.insert(handle, (node, directory));
+        self.directories.insert(handle, (node, Directory::new(directory)));
         Ok(handle)
     }
 
@@ -189,9 +190,26 @@ impl Tree {
     /// EBADF if the handle is not one of this node.
     pub fn directory(&self, node: u64, handle: u64) -> Result<&File, Errno> {
         match self.directories.get(&handle) {
-            Some((of, directory)) if *of == node => Ok(directory),
+            Some((of, directory)) if *of == node => Ok(directory.file()),
             _ => Err(Errno::BADF),
         }
+    }
+
+    /// Lends an open directory beside the tree.
+    ///
+    /// # Errors
+    /// EBADF if the handle is not one of this node; those of `use_it`.
+    pub fn with_directory<T>(
+        &mut self,
+        node: u64,
+        handle: u64,
+        use_it: impl FnOnce(&mut Self, &mut Directory) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        self.directory(node, handle)?;
+        let mut directory = self.directories.remove(&handle).ok_or(Errno::BADF)?;
+        let result = use_it(self, &mut directory.1);
+        self.directories.insert(handle, directory);
+        result
     }
 }
 

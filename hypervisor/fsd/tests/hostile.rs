@@ -147,7 +147,7 @@ fn sizes_and_counts_beyond_all_measure_are_refused_or_cut() {
     body[40..].copy_from_slice(b"abc");
     client.ask(op::WRITE, file.node, &body).unwrap();
     assert_eq!(client.read(file.node, 0, 100).unwrap(), b"abc3456789");
-    assert_eq!(client.getxattr(file.node, "user.none", u32::MAX), Err(libc::ENODATA));
+    assert_eq!(client.getxattr(file.node, "security.none", u32::MAX), Err(libc::ENODATA));
     assert_eq!(client.ask(op::LISTXATTR, file.node, &[0xff; 8]).unwrap(), b"");
     assert_eq!(client.setxattr(file.node, "user.big", &vec![0; 1 << 20]), Err(libc::E2BIG));
     let handle = client.opendir(ROOT).unwrap();

@@ -237,9 +237,11 @@ fn a_default_acl_takes_the_place_of_the_umask() {
 #[test]
 fn extended_attributes_of_files_directories_and_links() {
     let stage = Stage::new();
+    let _disk = stage.disk("disk");
     let mut client = Client::new(&stage);
-    let file = client.create(ROOT, "file", 0o644).unwrap();
-    let dir = client.mkdir(ROOT, "dir", 0o755).unwrap();
+    let disk = client.lookup(ROOT, "disk").unwrap().node;
+    let file = client.create(disk, "file", 0o644).unwrap();
+    let dir = client.mkdir(disk, "dir", 0o755).unwrap();
     for node in [file.node, dir.node] {
         client.setxattr(node, "user.a", b"value").unwrap();
         client.setxattr(node, "user.empty", b"").unwrap();
@@ -254,11 +256,9 @@ fn extended_attributes_of_files_directories_and_links() {
         client.ask(op::REMOVEXATTR, node, &cstr("user.a")).unwrap();
         assert_eq!(client.getxattr(node, "user.a", 100), Err(libc::ENODATA));
     }
-    let link = client.symlink(ROOT, "link", "file").unwrap();
+    let link = client.symlink(disk, "link", "file").unwrap();
     assert_eq!(client.setxattr(link.node, "user.a", b"x"), Err(libc::EPERM), "not on what it points to");
-    // setcap: cap_net_raw+ep
-    let capability = [&0x0200_0001u32.to_le_bytes()[..], &(1u32 << 13).to_le_bytes(), &[0; 12]].concat();
-    client.setxattr(file.node, "security.capability", &capability).unwrap();
+    client.setxattr(file.node, "security.capability", &support::capability()).unwrap();
     client.write(file.node, 0, b"changed").unwrap();
     assert_eq!(client.getxattr(file.node, "security.capability", 100), Err(libc::ENODATA), "a write takes it away");
     assert_eq!(client.setxattr(file.node, "trusted.overlay.opaque", b"y"), Err(libc::EPERM));

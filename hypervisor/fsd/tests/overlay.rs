@@ -4,7 +4,7 @@ mod support;
 
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::Path};
 
-use support::{Client, ROOT, Stage};
+use support::{Client, ROOT, Stage, capability};
 
 fn fill(lower: &Path) {
     fs::create_dir_all(lower.join("dir/sub")).unwrap();
@@ -55,8 +55,8 @@ fn attributes_owners_and_xattrs_are_copied_up() {
     let (uid, mode) = (1 << 1, 1);
     let new = o.client.setattr(file.node, uid | mode, (0, 0, 0o600, 1000, 0)).unwrap();
     assert_eq!((new.uid, new.mode, new.size), (1000, 0o100600, 14));
-    o.client.setxattr(file.node, "user.a", b"value").unwrap();
-    assert_eq!(o.client.getxattr(file.node, "user.a", 100).unwrap(), b"value");
+    o.client.setxattr(file.node, "security.capability", &capability()).unwrap();
+    assert_eq!(o.client.getxattr(file.node, "security.capability", 100).unwrap(), capability());
     assert_eq!(fs::metadata(o.upper().join("file")).unwrap().uid(), 1000);
     let link = o.client.walk("root/link").unwrap();
     assert_eq!(o.client.setattr(link.node, uid, (0, 0, 0, 5, 0)).unwrap().uid, 5);
@@ -85,7 +85,7 @@ fn without_an_index_a_written_hard_link_of_the_image_becomes_a_file_of_its_own()
     let changes: [(&str, Change); 5] = [
         ("write", |client, _, node| assert_eq!(client.write(node, 0, b"changed"), Ok(7))),
         ("chmod", |client, _, node| assert!(client.setattr(node, 1, (0, 0, 0o600, 0, 0)).is_ok())),
-        ("setxattr", |client, _, node| client.setxattr(node, "user.a", b"x").unwrap()),
+        ("setxattr", |client, _, node| client.setxattr(node, "security.capability", &capability()).unwrap()),
         ("link", |client, dir, node| assert_eq!(client.link(node, dir, "a3").unwrap().node, node)),
         ("rename", |client, dir, _| client.rename((dir, "a"), (dir, "z"), 0).unwrap()),
     ];

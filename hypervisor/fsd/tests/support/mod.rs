@@ -109,6 +109,15 @@ impl Stage {
         target
     }
 
+    /// Shares a directory of this machine's disk at `name`: tmpfs has no user.* attributes before Linux 6.6.
+    pub fn disk(&self, name: &str) -> tempfile::TempDir {
+        let disk = tempfile::tempdir_in("/var/tmp").unwrap();
+        let target = self.shared().join(name);
+        fs::create_dir_all(&target).unwrap();
+        mount_bind(disk.path(), &target).unwrap();
+        disk
+    }
+
     /// Mounts an overlay at `name` in the shared directory; `fill` gets its lower directory. Returns the mounted directory.
     pub fn overlay(&self, name: &str, options: &str, fill: impl FnOnce(&Path)) -> PathBuf {
         let [lower, upper, work] = ["lower", "upper", "work"].map(|part| self.beside(&format!("{name}.{part}")));
@@ -482,6 +491,11 @@ pub fn end(child: Child) -> (ExitStatus, String) {
     assert!(ready > 0, "waited {LIMIT} s for the program's end");
     let output = child.wait_with_output().unwrap();
     (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// The security.capability attribute that `setcap cap_net_raw+ep` sets.
+pub fn capability() -> Vec<u8> {
+    [&0x0200_0001u32.to_le_bytes()[..], &(1u32 << 13).to_le_bytes(), &[0; 12]].concat()
 }
 
 pub fn cstr(text: &str) -> Vec<u8> {
