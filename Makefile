@@ -12,6 +12,8 @@ BIN := $(CURDIR)/target/$(MUSL)/release
 IMAGE := $(CURDIR)/target/image
 OCI := $(CURDIR)/target/oci
 SUITES := $(CURDIR)/target/suites
+# What needs a host with KVM. Everything is compiled as one selection (--workspace), hence once.
+SUITE_TESTS := package(caisson-vm-tests) | package(caisson-e2e)
 PROGRAMS := caisson-vmm caisson-fsd containerd-shim-caisson-v2 caisson caisson-agent
 NESTED := $(BIN)/nested-host
 
@@ -37,17 +39,16 @@ build: deps ## Build the programs: static, optimised
 	@cd $(BIN) && ls -l $(PROGRAMS) | awk '{ printf "build: %-28s %6.2f MiB\n", $$NF, $$5 / 1048576 }'
 
 .PHONY: image
-image: deps ## Build the guest kernel and the initramfs
+image: build ## Build the guest kernel and the initramfs
 	@mkdir -p $(IMAGE)
 	@kernel=$$(guest-image/kernel/build) && ln -sfn "$$kernel" $(IMAGE)/vmlinux
-	cargo build --locked --release --target $(MUSL) -p caisson-agent --bin caisson-agent
 	cargo build --locked -p caisson-guest-image
 	@target/debug/mkinitramfs $(BIN)/caisson-agent $(IMAGE)/initramfs
 	@cd $(IMAGE) && stat -L -c '%n %s' vmlinux initramfs | awk '{ printf "image: %-28s %6.2f MiB\n", $$1, $$2 / 1048576 }'
 
 .PHONY: test
 test: unit suites ## Prove that it works: unit tests here, VM and containerd tests on a KVM host (nested where needed)
-	@$(IN_HOST) --timeout 1500 -- tests/run-suites
+	@$(IN_HOST) --timeout 1500 -- tests/run-suites -E '$(SUITE_TESTS)'
 
 .PHONY: lint
 lint: deps ## Check format and lints; warnings are errors
@@ -61,7 +62,7 @@ bench: build image oci host ## Measure in exact virtual time: target/bench/repor
 
 .PHONY: soak
 soak: suites ## The containerd and VM tests in every full size: takes hours where KVM is emulated
-	@CAISSON_FULL=1 $(IN_HOST) --timeout 20000 -- tests/run-suites --profile soak
+	@CAISSON_FULL=1 $(IN_HOST) --timeout 20000 -- tests/run-suites -E '$(SUITE_TESTS)' --profile soak
 
 .PHONY: install
 install: build image ## Install below PREFIX (/usr/local), with /etc/caisson/config.toml if there is none
@@ -94,12 +95,12 @@ oci: deps
 
 .PHONY: unit
 unit: deps
-	cargo nextest run --locked --workspace --exclude caisson-vm-tests --exclude caisson-e2e
+	cargo nextest run --locked --workspace -E 'not ($(SUITE_TESTS))'
 
 # The test programs of the two suites, built here so that no cargo is needed where they run.
 .PHONY: suites
 suites: build image oci host
 	cargo build --locked --release --target $(MUSL) -p caisson-e2e-probe -p caisson-vm-guest
 	@mkdir -p $(SUITES)
-	cargo nextest list --locked -p caisson-vm-tests -p caisson-e2e --list-type binaries-only --message-format json > $(SUITES)/binaries.json
+	cargo nextest list --locked --workspace --list-type binaries-only --message-format json > $(SUITES)/binaries.json
 	cargo metadata --locked --format-version 1 > $(SUITES)/cargo.json
