@@ -175,3 +175,43 @@ fn keep_last_lines(from: UnixStream, lines: Arc<Mutex<VecDeque<String>>>) -> Joi
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the outer process makes of these reports, followed by the end of the machine.
+    fn outcome(reports: &str) -> Outcome {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(reports.as_bytes()).unwrap();
+        drop(theirs);
+        follow(&ours, Duration::from_secs(60)).unwrap()
+    }
+
+    #[test]
+    fn the_commands_status_is_the_outcome() {
+        assert!(matches!(outcome("step root\nstep command\nexit 42\n"), Outcome::Exit(42)));
+    }
+
+    #[test]
+    fn a_machine_that_dies_says_in_which_step() {
+        let Outcome::Broken { began: false, reason } = outcome("step root\n") else { panic!("not broken") };
+        assert!(reason.contains("'root'"), "{reason}");
+        let Outcome::Broken { began: true, .. } = outcome("step command\nexi") else { panic!("not broken") };
+    }
+
+    #[test]
+    fn a_failure_is_told() {
+        let Outcome::Broken { began: false, reason } = outcome("step mounts\nfail no tmpfs\n") else {
+            panic!("not broken")
+        };
+        assert!(reason.contains("mounts") && reason.contains("no tmpfs"), "{reason}");
+    }
+
+    #[test]
+    fn a_command_that_takes_too_long_is_a_timeout() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"step command\n").unwrap();
+        assert!(matches!(follow(&ours, Duration::from_millis(1)).unwrap(), Outcome::Timeout));
+    }
+}

@@ -1,25 +1,20 @@
-//! PID 1 of the nested host: makes the root, starts the command, carries its output out.
-//!
-//! The command writes to pipes, not to the virtio-serial ports themselves, because a port can be opened only once
-//! (`echo > /dev/stderr` would fail).
+//! PID 1 of the nested host: loads modules, makes the root and the mounts, and has the command run (see
+//! [`crate::command`]).
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::mount::{MountFlags, mount, mount_move};
 
 use crate::job::{self, Job};
 use crate::report::Report;
-use crate::{host, initrd};
+use crate::{command, host, initrd};
 
 /// Does everything and powers the machine off; what goes wrong is reported.
 pub fn run() -> ! {
@@ -56,7 +51,12 @@ fn boot(report: &mut Option<File>) -> anyhow::Result<()> {
     loopback_up().context("the loopback device")?;
 
     say(Report::Step(host::COMMAND_STEP.into()))?;
-    let status = command(&job, stdout, stderr)?;
+    // Command looks its program up in our own PATH, and ours is empty.
+    if let Some((_, path)) = job.env.iter().find(|(name, _)| name == "PATH") {
+        // SAFETY: this process has one thread.
+        unsafe { std::env::set_var("PATH", path) };
+    }
+    let status = command::run(&job, stdout, stderr)?;
     rustix::fs::sync();
     say(Report::Exit(status))?;
     Ok(())
@@ -177,87 +177,5 @@ fn loopback_up() -> io::Result<()> {
     match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Runs the command, carries its output, reaps whatever it leaves behind; returns its exit status.
-fn command(job: &Job, stdout: File, stderr: File) -> anyhow::Result<u8> {
-    let (program, arguments) = job.command.split_first().context("the job has no command")?;
-    let (out, out_in) = io::pipe()?;
-    let (err, err_in) = io::pipe()?;
-    let mut command = Command::new(program);
-    command.args(arguments).env_clear().envs(job.env.iter().cloned());
-    command.current_dir(if job.cwd.is_dir() { &job.cwd } else { Path::new("/") });
-    command.stdin(Stdio::null()).stdout(out_in).stderr(err_in);
-    // Command looks its program up in our own PATH; ours is empty.
-    if let Some((_, path)) = job.env.iter().find(|(name, _)| name == "PATH") {
-        // SAFETY: this process has one thread.
-        unsafe { std::env::set_var("PATH", path) };
-    }
-    let child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            let mut stderr = stderr;
-            writeln!(stderr, "nested-host: {program}: {error}")?;
-            return Ok(if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 });
-        }
-    };
-    drop(command);
-    pump([(out, stdout), (err, stderr)], child.id())
-}
-
-/// Copies each pipe to its port until the command has ended and what it had written is out. Daemons that outlive it
-/// keep the pipes open, so the end of a pipe is not waited for.
-fn pump(mut streams: [(io::PipeReader, File); 2], command: u32) -> anyhow::Result<u8> {
-    let ended = rustix::process::pidfd_open(
-        rustix::process::Pid::from_raw(command.cast_signed()).context("a child's pid")?,
-        rustix::process::PidfdFlags::empty(),
-    )?;
-    for (pipe, _) in &streams {
-        rustix::io::ioctl_fionbio(pipe, true)?;
-    }
-    let mut status = None;
-    let mut buffer = vec![0; 64 << 10];
-    let mut open = [true, true];
-    loop {
-        let mut ready = vec![PollFd::from_borrowed_fd(ended.as_fd(), PollFlags::IN)];
-        ready.extend(
-            streams.iter().zip(open).filter(|(_, open)| *open).map(|((p, _), _)| PollFd::new(p, PollFlags::IN)),
-        );
-        match poll(&mut ready, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error).context("poll"),
-        }
-        // Look for the end before reading: then nothing that the command wrote can come after the last read.
-        while let Some((pid, how)) = reap()? {
-            if pid == command {
-                status = Some(how);
-            }
-        }
-        for (n, (pipe, port)) in streams.iter_mut().enumerate() {
-            while open[n] {
-                match rustix::io::read(&*pipe, &mut buffer[..]) {
-                    Ok(0) => open[n] = false,
-                    Ok(length) => port.write_all(&buffer[..length])?,
-                    Err(rustix::io::Errno::AGAIN) => break,
-                    Err(error) => return Err(error).context("reading the command's output"),
-                }
-            }
-        }
-        if let Some(how) = status {
-            return Ok(how.code().unwrap_or_else(|| 128 + how.signal().unwrap_or(0)) as u8);
-        }
-    }
-}
-
-/// One child that has ended, ours or an orphan.
-fn reap() -> anyhow::Result<Option<(u32, ExitStatus)>> {
-    use rustix::process::{WaitOptions, wait};
-    match wait(WaitOptions::NOHANG) {
-        Ok(Some((pid, status))) => {
-            Ok(Some((pid.as_raw_nonzero().get().cast_unsigned(), ExitStatus::from_raw(status.as_raw()))))
-        }
-        Ok(None) | Err(rustix::io::Errno::CHILD | rustix::io::Errno::INTR) => Ok(None),
-        Err(error) => Err(error).context("waiting for children"),
     }
 }

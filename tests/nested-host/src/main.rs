@@ -15,6 +15,7 @@
 //! The same binary is the outer tool and the inner init, so it must be linked statically: build it for
 //! `x86_64-unknown-linux-musl`.
 
+mod command;
 mod direct;
 mod host;
 mod init;

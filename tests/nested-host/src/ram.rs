@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 
-/// Programs that any script needs.
+/// Programs that scripts use; those that this machine has come along.
 const PROGRAMS: &[&str] = &[
     "bash", "sh", "env", "date", "awk", "timeout", "grep", "seq", "cat", "ls", "mount", "umount", "sleep", "true",
     "mkdir", "rm", "ln", "head", "tail", "sort", "cut", "tr", "wc", "sed", "dirname", "basename", "kill", "ps", "ip",
@@ -20,8 +20,9 @@ const PATH: &[&str] = &["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/
 /// Every path for the root, folders before what they hold.
 pub fn collect(programs: &[String], files: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let mut paths = BTreeSet::new();
-    for program in PROGRAMS.iter().copied().chain(programs.iter().map(String::as_str)) {
-        let path = find(program)?;
+    let base = PROGRAMS.iter().filter_map(|program| find(program).ok());
+    let asked = programs.iter().map(|program| find(program)).collect::<Result<Vec<_>, _>>()?;
+    for path in base.chain(asked) {
         for library in libraries(&path)? {
             take(&mut paths, &library)?;
         }
