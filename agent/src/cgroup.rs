@@ -2,7 +2,8 @@
 //! the host, where the pod's processes are).
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -52,6 +53,11 @@ fn io_error<'p>(what: &'static str, path: &'p Path) -> impl FnOnce(io::Error) ->
     move |error| CgroupError::Io { what, path: path.to_owned(), error }
 }
 
+/// Never creates: a file that is not there belongs to a controller that is not there.
+fn write(file: &Path, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(file)?.write_all(value.as_bytes())
+}
+
 /// All containers' cgroups.
 #[derive(Clone, Debug)]
 pub struct Cgroups {
@@ -81,7 +87,7 @@ impl Cgroups {
         if !enable.is_empty() {
             for directory in [mount, &parent] {
                 let file = directory.join("cgroup.subtree_control");
-                fs::write(&file, enable.join(" ")).map_err(io_error("enable controllers in", &file))?;
+                write(&file, &enable.join(" ")).map_err(io_error("enable controllers in", &file))?;
             }
         }
         Ok(Self { parent })
@@ -96,7 +102,7 @@ impl Cgroups {
         fs::create_dir(&path).map_err(io_error("make the cgroup", &path))?;
         let cgroup = Cgroup { path };
         for Limit { file, value, field } in limits {
-            if let Err(error) = fs::write(cgroup.path.join(file), value) {
+            if let Err(error) = write(&cgroup.path.join(file), value) {
                 // It is empty, so this cannot fail for a reason that the caller could mend.
                 let _ = fs::remove_dir(&cgroup.path);
                 return Err(CgroupError::Limit { field, file, value: value.clone(), error });
@@ -146,7 +152,7 @@ impl Cgroup {
     /// If the kernel refuses.
     pub fn kill(&self) -> Result<(), CgroupError> {
         let file = self.path.join("cgroup.kill");
-        fs::write(&file, "1").map_err(io_error("write", &file))
+        write(&file, "1").map_err(io_error("write", &file))
     }
 
     /// Removes it and what the container made below, once the last process is gone.

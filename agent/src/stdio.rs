@@ -27,7 +27,9 @@ use tokio::{
 
 use crate::{plan::UserPlan, transport::ByteStream};
 
-/// As much as a pipe holds.
+/// Most streams carry a few lines.
+const SMALL_BUFFER: usize = 4 * 1024;
+/// As much as a pipe holds, for a stream that has filled the small one.
 const BUFFER: usize = 64 * 1024;
 /// After CloseStdin, input that is already on its way is taken until it has been silent this long.
 const CLOSING_SILENCE: Duration = Duration::from_millis(100);
@@ -145,7 +147,7 @@ fn null() -> io::Result<OwnedFd> {
 }
 
 async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: Descriptor, mut closing: watch::Receiver<bool>) {
-    let mut buffer = vec![0; BUFFER];
+    let mut buffer = vec![0; SMALL_BUFFER];
     let mut silence = None;
     loop {
         let read = match silence {
@@ -169,6 +171,7 @@ async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: Descriptor, mut cl
         match read.ok().and_then(|length| buffer.get(..length)) {
             None | Some([]) => return,
             Some(bytes) if to.write_all(bytes).await.is_err() => return,
+            Some(bytes) if bytes.len() == SMALL_BUFFER => buffer.resize(BUFFER, 0),
             Some(_) => {}
         }
     }
@@ -183,13 +186,14 @@ async fn output_and_linger(from: Descriptor, mut stream: Box<dyn ByteStream>) {
 }
 
 async fn copy_output(mut from: Descriptor, mut to: impl AsyncWrite + Unpin) {
-    let mut buffer = vec![0; BUFFER];
+    let mut buffer = vec![0; SMALL_BUFFER];
     loop {
         // A terminal whose last user has gone answers EIO.
         match from.read(&mut buffer).await.ok().and_then(|length| buffer.get(..length)) {
             None | Some([]) => break,
             // The host has gone: closing our end tells the writer so, as on any pipe.
             Some(bytes) if to.write_all(bytes).await.is_err() => break,
+            Some(bytes) if bytes.len() == SMALL_BUFFER => buffer.resize(BUFFER, 0),
             Some(_) => {}
         }
     }

@@ -15,6 +15,7 @@ use super::{
     error::Result,
     lock,
     process::{Pending, Process},
+    trying,
 };
 use crate::{
     handshake::{AgentEnd, Reply},
@@ -26,6 +27,8 @@ use crate::{
     sys,
 };
 
+/// __NEW_UTS_LEN of include/uapi/linux/utsname.h.
+const MAX_HOSTNAME: usize = 64;
 /// How long a stage may take to prepare. A file server that does not answer is the usual reason.
 const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 /// How long entering the program may take, which reads it from the file server.
@@ -41,7 +44,9 @@ impl Containers {
         check_name("container_id", &id)?;
         let rootfs = relative(&request.rootfs)?;
         let stdio = request.stdio.unwrap_or_default();
-        let accepted = spec::container(&request.spec, stdio.terminal)?;
+        let mut accepted = spec::container(&request.spec, stdio.terminal)?;
+        // The machine's own name says nothing to anyone.
+        accepted.view.hostname.get_or_insert_with(|| id.chars().take(MAX_HOSTNAME).collect());
         self.note(&id, &accepted.notes);
 
         let process = &accepted.process;
@@ -101,9 +106,9 @@ impl Containers {
         let plan = Plan::Init(Box::new(InitPlan { share, rootfs, cgroup, view: accepted.view, process }));
         let handle = if terminal {
             let master = prepare(&mut stage, &plan, Vec::new()).await?.ok_or(Error::StageEnded)?;
-            stdio::terminal(streams, master)?
+            stdio::terminal(streams, master).map_err(trying("attach the terminal"))?
         } else {
-            let (fds, handle) = stdio::pipes(streams, &user)?;
+            let (fds, handle) = stdio::pipes(streams, &user).map_err(trying("make the standard streams"))?;
             prepare(&mut stage, &plan, fds.into()).await?;
             handle
         };
@@ -154,8 +159,8 @@ impl Containers {
 pub(super) async fn prepare(stage: &mut AgentEnd, plan: &Plan, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>> {
     let work = async {
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        stage.send_plan(plan, &borrowed).await?;
-        Ok(stage.receive().await?)
+        stage.send_plan(plan, &borrowed).await.map_err(trying("send the plan to the stage"))?;
+        stage.receive().await.map_err(trying("hear from the stage"))
     };
     let answer = limited("preparing the process", PREPARE_LIMIT, work).await?;
     match answer {
@@ -167,8 +172,8 @@ pub(super) async fn prepare(stage: &mut AgentEnd, plan: &Plan, fds: Vec<OwnedFd>
 
 async fn enter(stage: &mut AgentEnd) -> Result<()> {
     let work = async {
-        stage.send_go().await?;
-        Ok(stage.receive().await?)
+        stage.send_go().await.map_err(trying("let the stage go on"))?;
+        stage.receive().await.map_err(trying("hear from the stage"))
     };
     match limited("entering the program", ENTER_LIMIT, work).await? {
         // The socket closed on exec. A process that was killed before that has ended, as Wait will tell.

@@ -12,6 +12,7 @@ use super::{
     error::Result,
     lock,
     process::{Pending, Process},
+    trying,
 };
 use crate::{
     handshake::AgentEnd,
@@ -93,9 +94,9 @@ impl Containers {
         let plan = Plan::Exec(Box::new(ExecPlan { cgroup, process: plan }));
         let handle = if terminal {
             let master = prepare(&mut stage, &plan, vec![pidfd]).await?.ok_or(Error::StageEnded)?;
-            stdio::terminal(streams, master)?
+            stdio::terminal(streams, master).map_err(trying("attach the terminal"))?
         } else {
-            let (fds, handle) = stdio::pipes(streams, &user)?;
+            let (fds, handle) = stdio::pipes(streams, &user).map_err(trying("make the standard streams"))?;
             prepare(&mut stage, &plan, std::iter::once(pidfd).chain(fds).collect()).await?;
             handle
         };

@@ -257,10 +257,9 @@ fn check_name(field: &'static str, name: &str) -> Result<()> {
     }
 }
 
-impl From<io::Error> for Error {
-    fn from(error: io::Error) -> Self {
-        Self::Io { what: "talk to the stage".into(), error }
-    }
+/// For `map_err`: what was tried when the kernel refused.
+fn trying(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |error| Error::Io { what: what.into(), error }
 }
 
 #[cfg(test)]

@@ -254,6 +254,17 @@ async fn a_failed_create_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_limit_that_the_kernel_does_not_take_is_told_by_its_field() {
+    let pod = Pod::start().await;
+    let mut spec = spec(&["true"]);
+    spec["linux"]["resources"] = json!({"cpu": {"cpus": "words"}});
+    let (code, message) = status(pod.create("c", &spec, None).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    assert!(message.contains("linux.resources.cpu.cpus") && message.contains("words"), "{message}");
+    pod.assert_empty();
+}
+
+#[tokio::test]
 async fn orphans_are_reaped_and_many_containers_leave_no_descriptor() {
     let pod = Pod::start().await;
     let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", pod.agent_pid())).unwrap().count();

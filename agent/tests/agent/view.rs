@@ -53,6 +53,7 @@ async fn names_are_the_containers_own() {
     spec["hostname"] = json!("inner");
     spec["domainname"] = json!("example");
     let before = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    assert_eq!(pod.run(&shell("hostname")).await.stdout, "c\n", "without a name it has its container's");
     assert_eq!(pod.run(&spec).await.stdout, "inner\nexample\n");
     assert_eq!(fs::read_to_string("/proc/sys/kernel/hostname").unwrap(), before);
 }
