@@ -7,7 +7,7 @@ use std::{
 
 /// The limit of a step that takes about a second on a plain machine. The emulated test host is up to thirty
 /// times slower, and other tests run beside it.
-pub const STEP: Duration = Duration::from_secs(90);
+pub const STEP: Duration = Duration::from_secs(240);
 /// The limit of a step that moves much data or runs many pods.
 pub fn long() -> Duration {
     Duration::from_secs(if crate::sizes::full() { 7200 } else { 900 })
