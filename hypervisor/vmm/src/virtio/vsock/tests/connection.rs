@@ -114,7 +114,11 @@ fn data_waits_for_the_guests_credit() {
     connection.data_packet(10);
     assert_eq!(due(&mut connection), [], "asked already");
     connection.receive(&credit(510, 500)).unwrap();
-    connection.data_packet(500);
+    connection.data_packet(300);
+    // An older packet that comes late takes nothing back: the guest will not repeat itself.
+    connection.receive(&credit(10, 500)).unwrap();
+    assert_eq!(connection.sendable(), 200);
+    connection.data_packet(200);
     assert_eq!(due(&mut connection), [Op::CreditRequest]);
     // Nothing that was not sent can have been taken, and what was taken stays taken.
     connection.receive(&credit(1011, 500)).unwrap();
@@ -314,7 +318,7 @@ fn due_all(connection: &mut Connection, observer: &mut Observer) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
     fn no_order_of_packets_and_events_breaks_a_stream(

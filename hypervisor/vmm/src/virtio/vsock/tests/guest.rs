@@ -295,7 +295,7 @@ impl Guest {
                 return;
             }
             assert!(Instant::now() < limit, "waited for {what}; open: {:#?}", self.open_streams());
-            self.driver.dispatch(Duration::from_millis(10));
+            self.driver.dispatch(Duration::from_millis(1));
         }
     }
 
