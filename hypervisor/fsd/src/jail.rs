@@ -12,8 +12,7 @@
 //!   process starts, in the mount namespace in which it starts it;
 //! - mount everything below it nosuid, nodev and noexec. That changes nothing for the guest, whose own kernel runs programs
 //!   and opens devices; it makes a device node or setuid program that the guest leaves there harmless on the host;
-//! - unmount with MNT_DETACH: as long as the guest remembers a file of a mount, that mount is busy here;
-//! - allow as many descriptors (the hard RLIMIT_NOFILE) as the guest may remember files, 1048576 at best.
+//! - unmount with MNT_DETACH: as long as the guest remembers a file of a mount, that mount is busy here.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -76,11 +75,15 @@ pub fn check_directory(directory: impl AsFd) -> Result<()> {
     Ok(())
 }
 
-/// As many descriptors as whoever started us allows, up to what is of use.
+/// As many descriptors as are of use, or as we are allowed.
 fn raise_descriptor_limit() -> u64 {
-    let allowed = getrlimit(Resource::Nofile).maximum.map_or(MAX_DESCRIPTORS, |maximum| maximum.min(MAX_DESCRIPTORS));
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), maximum: Some(allowed) });
-    getrlimit(Resource::Nofile).current.unwrap_or(allowed)
+    let limit = |limit| Rlimit { current: Some(limit), maximum: Some(limit) };
+    // The hard limit is often low where no service manager has raised it; root may.
+    if setrlimit(Resource::Nofile, limit(MAX_DESCRIPTORS)).is_err() {
+        let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(MAX_DESCRIPTORS);
+        let _ = setrlimit(Resource::Nofile, limit(allowed.min(MAX_DESCRIPTORS)));
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(0)
 }
 
 fn enter_namespace(shared: &OwnedFd) -> Result<()> {

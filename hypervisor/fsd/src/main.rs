@@ -1,6 +1,9 @@
 //! The program: takes two descriptors, enters the jail, serves until the monitor closes the socket.
 //!
-//! `caisson-fsd --socket-fd 3 --root-fd 4`: a SOCK_SEQPACKET socket to the virtio-fs device, and the shared directory.
+//! `caisson-fsd --socket-fd 3 --root-fd 4 [--max-files N]`: a SOCK_SEQPACKET socket to the virtio-fs device, the shared
+//! directory, and how many files the guest may remember at once (default: as many as descriptors can be had, about a
+//! million). A guest that wants more gets ENFILE.
+//!
 //! Exit status 0 when the socket closes, 1 with a message on standard error otherwise.
 
 use std::{
@@ -27,7 +30,7 @@ fn main() -> ExitCode {
 }
 
 fn run(log: &Logger) -> Result<()> {
-    let (socket, root) = arguments(std::env::args().skip(1))?;
+    let Arguments { socket, root, max_files } = arguments(std::env::args().skip(1))?;
     ensure!(socket != root, "--socket-fd and --root-fd are the same descriptor, {socket}");
     let (socket, root) = (descriptor(socket, "--socket-fd")?, descriptor(root, "--root-fd")?);
     session::check_socket(&socket).context("--socket-fd")?;
@@ -36,7 +39,7 @@ fn run(log: &Logger) -> Result<()> {
     let jail = jail::enter(root)?;
     let nodes = usize::try_from(jail.descriptors)?.saturating_sub(RESERVED_DESCRIPTORS);
     ensure!(nodes > 0, "at most {} descriptors are allowed, {RESERVED_DESCRIPTORS} are too few", jail.descriptors);
-    let tree = Tree::new(jail.root, jail.proc_fds, nodes).context("looking at the shared directory")?;
+    let tree = Tree::new(jail.root, jail.proc_fds, nodes.min(max_files)).context("looking at the shared directory")?;
     let session = Session::new(socket, tree, log.clone())?;
     // A thread of its own, because it changes its user all the time and the main thread must not (see jail::enter).
     let serve = move || session.run();
@@ -49,22 +52,28 @@ fn run(log: &Logger) -> Result<()> {
     Ok(())
 }
 
-fn arguments(mut words: impl Iterator<Item = String>) -> Result<(RawFd, RawFd)> {
-    let (mut socket, mut root) = (None, None);
+struct Arguments {
+    socket: RawFd,
+    root: RawFd,
+    max_files: usize,
+}
+
+fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
+    const USAGE: &str = "usage: caisson-fsd --socket-fd N --root-fd N [--max-files N]";
+    let (mut socket, mut root, mut max_files) = (None, None, usize::MAX);
     while let Some(word) = words.next() {
-        let place = match word.as_str() {
-            "--socket-fd" => &mut socket,
-            "--root-fd" => &mut root,
-            other => bail!("unknown argument {other:?}; usage: caisson-fsd --socket-fd N --root-fd N"),
-        };
-        let value = words.next().with_context(|| format!("{word} needs a descriptor's number"))?;
-        *place = Some(value.parse().with_context(|| format!("{word} {value:?}: not a number"))?);
+        let mut number = || words.next().with_context(|| format!("{word} needs a number; {USAGE}"));
+        let wrong = |value: &str| format!("{word} {value:?}: not a number");
+        match word.as_str() {
+            "--socket-fd" => socket = Some(number().and_then(|n| n.parse().with_context(|| wrong(&n)))?),
+            "--root-fd" => root = Some(number().and_then(|n| n.parse().with_context(|| wrong(&n)))?),
+            "--max-files" => max_files = number().and_then(|n| n.parse().with_context(|| wrong(&n)))?,
+            other => bail!("unknown argument {other:?}; {USAGE}"),
+        }
     }
-    let missing = "missing; usage: caisson-fsd --socket-fd N --root-fd N";
-    Ok((
-        socket.with_context(|| format!("--socket-fd is {missing}"))?,
-        root.with_context(|| format!("--root-fd is {missing}"))?,
-    ))
+    let socket = socket.with_context(|| format!("--socket-fd is missing; {USAGE}"))?;
+    let root = root.with_context(|| format!("--root-fd is missing; {USAGE}"))?;
+    Ok(Arguments { socket, root, max_files })
 }
 
 /// Takes over an inherited descriptor.

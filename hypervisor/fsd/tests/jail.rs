@@ -135,7 +135,7 @@ fn bad_descriptors_are_named() {
     let root = openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
     let null: OwnedFd = fs::File::open("/dev/null").unwrap().into();
     type Case<'a> = (&'a str, Option<&'a OwnedFd>, Option<&'a OwnedFd>, &'a [&'a str]);
-    let cases: [Case; 9] = [
+    let cases: [Case; 10] = [
         ("--socket-fd 3: Bad file descriptor", None, Some(&root), &ARGUMENTS),
         ("--root-fd 4: Bad file descriptor", Some(&socket), None, &ARGUMENTS),
         ("not a SOCK_SEQPACKET socket", Some(&stream), Some(&root), &ARGUMENTS),
@@ -144,20 +144,12 @@ fn bad_descriptors_are_named() {
         ("same descriptor", Some(&socket), Some(&root), &["--socket-fd", "3", "--root-fd", "3"]),
         ("--root-fd is missing", Some(&socket), Some(&root), &["--socket-fd", "3"]),
         ("not a number", Some(&socket), Some(&root), &["--socket-fd", "x"]),
+        ("--max-files needs a number", Some(&socket), Some(&root), &["--max-files"]),
         ("unknown argument", Some(&socket), Some(&root), &["--help-me"]),
     ];
     for (expected, socket, root, arguments) in cases {
-        let (status, said) = end(start(socket, root, arguments, None));
+        let (status, said) = end(start(socket, root, arguments));
         assert_eq!(status.code(), Some(1), "{expected}: {said}");
         assert!(said.contains(expected), "{said:?} does not say {expected:?}");
     }
-}
-
-#[test]
-fn too_few_descriptors_are_said() {
-    let stage = Stage::new();
-    let client = Client::limited(&stage, Some(500));
-    let (status, said) = end(client.child);
-    assert_eq!(status.code(), Some(1));
-    assert!(said.contains("500 descriptors"), "{said}");
 }

@@ -179,7 +179,7 @@ pub struct Dirent {
 }
 
 /// Starts the program on arbitrary descriptors.
-pub fn start(socket: Option<&OwnedFd>, root: Option<&OwnedFd>, arguments: &[&str], descriptors: Option<u64>) -> Child {
+pub fn start(socket: Option<&OwnedFd>, root: Option<&OwnedFd>, arguments: &[&str]) -> Child {
     let pass: Vec<(i32, i32)> =
         [(socket, 3), (root, 4)].into_iter().filter_map(|(fd, to)| Some((fd?.as_raw_fd(), to))).collect();
     let mut command = Command::new(env!("CARGO_BIN_EXE_caisson-fsd"));
@@ -196,12 +196,6 @@ pub fn start(socket: Option<&OwnedFd>, root: Option<&OwnedFd>, arguments: &[&str
                 }
                 libc::close(from);
             }
-            if let Some(limit) = descriptors {
-                let limit = libc::rlimit { rlim_cur: limit.min(1024), rlim_max: limit };
-                if libc::setrlimit(libc::RLIMIT_NOFILE, &limit) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-            }
             Ok(())
         });
     }
@@ -217,18 +211,19 @@ impl Client {
     }
 
     pub fn unready(stage: &Stage) -> Self {
-        Self::limited(stage, None)
+        Self::with(stage, &[])
     }
 
-    /// With at most so many descriptors.
-    pub fn limited(stage: &Stage, descriptors: Option<u64>) -> Self {
+    /// With more arguments.
+    pub fn with(stage: &Stage, more: &[&str]) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         // The program raises its own end's.
         sockopt::set_socket_send_buffer_size_force(&ours, 4 << 20).unwrap();
         let root =
             openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        let child = start(Some(&theirs), Some(&root), &["--socket-fd", "3", "--root-fd", "4"], descriptors);
+        let arguments = [&["--socket-fd", "3", "--root-fd", "4"], more].concat();
+        let child = start(Some(&theirs), Some(&root), &arguments);
         Self { socket: ours, child, unique: 0, uid: 0, gid: 0 }
     }
 
