@@ -4,7 +4,7 @@
 //! ttrpc drops a handler when its client hangs up. Whatever changes something therefore runs as a task of its own, to its
 //! end, whoever still listens.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -16,6 +16,7 @@ use containerd_shim_protos::{
     },
     shim_async::{Task, create_task},
 };
+use tokio::time::timeout;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::{errors::TaskError, events::timestamp, pod::Pod, tasks::Name};
@@ -28,6 +29,9 @@ pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
     };
     ["containerd.task.v2.Task", "containerd.task.v3.Task"].into_iter().filter_map(service).collect()
 }
+
+/// How long Shutdown waits for the machine's end before it answers.
+const SHUTDOWN_ANSWER: Duration = Duration::from_secs(1);
 
 struct TaskService {
     pod: Arc<Pod>,
@@ -111,11 +115,10 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         let pod = Arc::clone(&self.pod);
-        detached(async move {
-            pod.shutdown(request.now).await;
-            Ok(())
-        })
-        .await?;
+        let ending = tokio::spawn(async move { pod.shutdown(request.now).await });
+        // containerd waits three seconds for this answer; a machine on a crowded host may take longer to be gone, and then
+        // goes on ending behind it.
+        let _ = timeout(SHUTDOWN_ANSWER, ending).await;
         Ok(Empty::new())
     }
 

@@ -65,7 +65,8 @@ impl BundleSpec {
     /// See [`SpecError`].
     pub fn read(bundle: &Path) -> Result<Self, SpecError> {
         let path = bundle.join("config.json");
-        let mut json = Vec::new();
+        // Most are smaller than this, and then one read takes it all.
+        let mut json = Vec::with_capacity(16 * 1024);
         File::open(&path)
             .and_then(|file| file.take(MAX_SIZE + 1).read_to_end(&mut json))
             .map_err(|source| SpecError::Read { path: path.clone(), source })?;
