@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    driver::{CID, Driver, RX_PAYLOAD, limits},
+    driver::{Driver, RX_PAYLOAD, fresh, limits},
     guest::Guest,
 };
 use crate::virtio::vsock::{
@@ -465,7 +465,7 @@ fn a_window_that_ran_out_is_asked_about_once() {
 
 #[test]
 fn host_ports_of_live_streams_are_not_given_again() {
-    let state = VsockState { guest_cid: CID, next_host_port: u32::MAX - 1, owes_transport_reset: false };
+    let state = VsockState { next_host_port: u32::MAX - 1, ..fresh() };
     let mut guest = Guest::with_state(state, limits());
     let (_a, last) = guest.open(3);
     assert_eq!(last.host, u32::MAX - 1);

@@ -18,6 +18,7 @@ use rustix::{
     io::Errno,
     net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType},
 };
+use tempfile::TempDir;
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
@@ -48,6 +49,11 @@ const TX_BUFFERS: u64 = 8 << 20;
 const TX_STRIDE: u64 = 0x11000;
 const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
+
+/// The state of a machine that boots.
+pub fn fresh() -> VsockState {
+    VsockState { guest_cid: CID, next_host_port: FIRST_HOST_PORT, owes_transport_reset: false }
+}
 
 /// Descriptors that the device watches, beyond the listener and the timer.
 pub fn watched(driver: &Driver) -> usize {
@@ -115,7 +121,7 @@ pub struct Driver {
     pub path: PathBuf,
     /// The parent's end of the guest-streams socket; `None` after it was closed.
     pub parent: Option<OwnedFd>,
-    _directory: tempfile::TempDir,
+    _directory: TempDir,
     /// Interrupts that the transport would have sent.
     pub interrupts: u64,
 }
@@ -123,20 +129,21 @@ pub struct Driver {
 impl Driver {
     pub fn new(limits: Limits) -> Self {
         raise_descriptor_limit();
-        Self::with_state(
-            VsockState { guest_cid: CID, next_host_port: FIRST_HOST_PORT, owes_transport_reset: false },
-            limits,
-        )
+        Self::with_state(fresh(), limits)
     }
 
     pub fn with_state(state: VsockState, limits: Limits) -> Self {
         let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("vsock")).unwrap();
+        Self::with_listener(state, limits, directory, listener.into())
+    }
+
+    pub fn with_listener(state: VsockState, limits: Limits, directory: TempDir, listener: OwnedFd) -> Self {
         let path = directory.path().join("vsock");
-        let listener = UnixListener::bind(&path).unwrap();
         let flags = SocketFlags::CLOEXEC;
         let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         let log = slog::Logger::root(slog::Discard, slog::o!());
-        let device = Vsock::with_limits(state, listener.into(), near, log, limits).unwrap();
+        let device = Vsock::with_limits(state, listener, near, log, limits).unwrap();
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let queues = (0..3u64)
             .map(|index| {

@@ -2,12 +2,14 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd, unix::net::UnixStream},
     time::Duration,
 };
 
+use rustix::net::{AddressFamily, SocketType};
+
 use super::{
-    driver::{Driver, PATIENCE, limits, watched},
+    driver::{Driver, PATIENCE, fresh, limits, watched},
     guest::Guest,
 };
 use crate::virtio::vsock::{
@@ -233,6 +235,21 @@ fn clients_that_never_finish_their_line_make_way_for_others() {
     let mut client = UnixStream::connect(&guest.driver.path).unwrap();
     assert_eq!(run_until_end(&mut guest, "the time limit", &mut client), b"");
     assert_eq!(watched(&guest.driver), 0);
+}
+
+#[test]
+fn a_listener_that_cannot_accept_rests_between_attempts() {
+    // Stands for a process without descriptors: epoll finds this socket ready for ever, and accept fails.
+    let directory = tempfile::tempdir().unwrap();
+    let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let listener = socket.as_raw_fd();
+    let mut driver = Driver::with_listener(fresh(), limits(), directory, socket);
+    for _ in 0..3 {
+        assert_eq!(driver.dispatch(PATIENCE), 1);
+        assert!(!driver.poll.watched.contains_key(&listener), "an attempt, then rest");
+        assert_eq!(driver.dispatch(PATIENCE), 1);
+        assert!(driver.poll.watched.contains_key(&listener), "the timer ends the rest");
+    }
 }
 
 /// Arbitrary rings: not only arbitrary descriptors, but indices that jump.
