@@ -54,15 +54,14 @@ pub enum LaunchError {
     },
 }
 
-/// The kernel's command line. The monitor adds the devices and, if there is one, the console.
-///
-/// - `reboot=k panic=-1`: a reset, and a panic at once, end the machine instead of hanging it;
-/// - `quiet loglevel=4`: nobody reads the console, and printing costs time;
-/// - `8250.nr_uarts`: no probing for serial ports that are not there;
-/// - `random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests`: no waiting for entropy, grace periods, self-tests.
-fn command_line(console: bool) -> String {
-    let console = if console { "loglevel=7 8250.nr_uarts=1" } else { "quiet loglevel=4 8250.nr_uarts=0" };
-    format!("reboot=k panic=-1 nomodule {console} random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests")
+/// The kernel's command line; guest-image/README.md says what each word is for. The monitor adds the devices and, if there is
+/// one, the console.
+fn command_line(vcpus: u8, console: bool) -> String {
+    let console = if console { "loglevel=7 8250.nr_uarts=1" } else { "quiet loglevel=1 8250.nr_uarts=0" };
+    let smp = if vcpus == 1 { " noreplace-smp" } else { "" };
+    format!(
+        "reboot=k panic=-1 {console} rcupdate.rcu_expedited=1 percpu_alloc=page retain_initrd swiotlb=noforce tsc=reliable{smp}"
+    )
 }
 
 fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> LaunchError {
@@ -100,7 +99,7 @@ pub fn launch(
         memory: Memory { size, file: Some(memory(size)?), private: false },
         kernel: kernel.into(),
         initramfs: Some(initramfs.into()),
-        command_line: command_line(config.debug_console),
+        command_line: command_line(config.vcpus, config.debug_console),
         console: output.map(|output| Console { output, early: true }),
         vsock: Some(Vsock { guest_cid: GUEST_CID, listener, guest_streams: monitors_streams }),
         disks: Vec::new(),
