@@ -51,6 +51,9 @@ fn agent() -> c_int {
         None => caisson_log::logger("agent", std::io::stderr(), Level::Info),
     };
     caisson_log::bridge(log.clone());
+    // The machine ends with a panic of its PID 1; without a console the kernel's log is the only witness.
+    let last_words = log.clone();
+    std::panic::set_hook(Box::new(move |panic| error!(last_words, "{}", panic)));
     let result = booted.context("prepare the guest").and_then(|()| run(started_ns, &log));
     let Err(error) = result;
     error!(log, "the agent cannot go on, powering off"; "error" => format!("{error:#}"));

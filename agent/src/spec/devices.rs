@@ -16,7 +16,7 @@ const DEFAULTS: [(&str, u32, u32); 6] = [
 ];
 
 /// The default nodes, then the specification's own; one of the latter replaces a default of the same path.
-pub(super) fn plan(devices: &[LinuxDevice], _terminal: bool) -> Result<Vec<DevicePlan>> {
+pub(super) fn plan(devices: &[LinuxDevice]) -> Result<Vec<DevicePlan>> {
     let mut plans: Vec<DevicePlan> = DEFAULTS
         .iter()
         .map(|(path, major, minor)| DevicePlan {

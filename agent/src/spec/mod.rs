@@ -76,7 +76,7 @@ pub fn container(json: &[u8], terminal: bool) -> Result<Accepted> {
     let process = spec.process.as_ref().ok_or_else(|| SpecError::new("process", "missing"))?;
     let process = process::plan("process", process, terminal, &process::Inherited::default(), &mut notes)?;
     let mounts = mounts::plan(spec.mounts.as_deref().unwrap_or_default())?;
-    let devices = devices::plan(linux.devices().as_deref().unwrap_or_default(), terminal)?;
+    let devices = devices::plan(linux.devices().as_deref().unwrap_or_default())?;
     let limits = match linux.resources() {
         Some(resources) => resources::plan(resources, &mut notes)?,
         None => Vec::new(),
