@@ -1,9 +1,9 @@
-//! From the kernel's hand to a machine in which containers can live; PID 1 only. Nothing here that is not needed before the first
-//! call: the pod waits for it.
+//! From the kernel's hand to a machine in which containers can live; PID 1 only. Nothing here that is not needed
+//! before the first call: the pod waits for it.
 //!
-//! - The root becomes a read-only mount of its own on top of the kernel's initial one. A container cannot `pivot_root` away from
-//!   the kernel's initial root; and read-only it keeps the agent's binary from being overwritten through a container's
-//!   /proc/<pid>/exe (CVE-2019-5736).
+//! - The root becomes a read-only mount of its own on top of the kernel's initial one. A container cannot `pivot_root`
+//!   away from the kernel's initial root; and read-only it keeps the agent's binary from being overwritten through a
+//!   container's `/proc/<pid>/exe` (CVE-2019-5736).
 //! - /proc, /sys, /dev, /run, cgroup v2, and the loopback interface, which the pod's containers share.
 //! - The agent itself is the last that the kernel kills when memory runs out.
 
@@ -63,8 +63,8 @@ pub fn prepare() -> Result<(), BootError> {
     step("bring the loopback interface up", loopback_up())
 }
 
-/// The kernel leaves descriptors 0 to 2 closed where there is no console. A socket that got one of these numbers would be
-/// taken for an output. They stay open in the stages, which would meet the same.
+/// The kernel leaves descriptors 0 to 2 closed where there is no console. A socket that got one of these numbers would
+/// be taken for an output. They stay open in the stages, which would meet the same.
 fn standard_descriptors() -> io::Result<()> {
     loop {
         // Not close-on-exec, unlike what the standard library opens.

@@ -1,5 +1,5 @@
-//! cgroup v2: one directory for each container, `<mount>/caisson/<id>`, whatever path the specification names (that one is for
-//! the host, where the pod's processes are).
+//! cgroup v2: one directory for each container, `<mount>/caisson/<id>`, whatever path the specification names (that
+//! one is for the host, where the pod's processes are).
 
 use std::{
     fs,

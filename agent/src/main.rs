@@ -1,8 +1,9 @@
 //! `caisson-agent`: PID 1 of the guest. The same binary, re-executed with one argument, is the stage that becomes a
 //! container's process.
 //!
-//! It has a C `main`. Before Rust's own, the runtime would open /dev/null, which does not exist before the agent has mounted
-//! /dev, and abort; and each container would pay for the stack-overflow handler of a stage that lives for a millisecond.
+//! It has a C `main`. Before Rust's own, the runtime would open /dev/null, which does not exist before the agent has
+//! mounted /dev, and abort; and each container would pay for the stack-overflow handler of a stage that lives for a
+//! millisecond.
 
 #![no_main]
 

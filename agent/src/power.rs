@@ -8,15 +8,16 @@ use caisson_protos::guest::{POWER_OFF, POWER_PORT};
 const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Powers the machine off; whatever must be written back has been written back. Returns only if that is not possible here.
+/// Powers the machine off; whatever must be written back has been written back. Returns only if that is not possible
+/// here.
 pub fn off() -> io::Error {
     // SAFETY: ioperm takes three numbers; it changes only which I/O ports this thread may use.
     if unsafe { libc::ioperm(POWER_PORT.into(), 1, 1) } != 0 {
         return io::Error::last_os_error();
     }
     for _ in 0..ATTEMPTS {
-        // SAFETY: the port was granted above; writing to it touches no memory, and the machine behind it is our own monitor,
-        // which ends here.
+        // SAFETY: the port was granted above; writing to it touches no memory, and the machine behind it is our own
+        // monitor, which ends here.
         unsafe {
             core::arch::asm!(
                 "out dx, al",

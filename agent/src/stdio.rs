@@ -6,8 +6,8 @@
 //!   end of stream    ▼ closed                    end of pipe    ▼ half-closed after the last byte
 //! ```
 //!
-//! Each direction is a task of its own with one buffer: it reads only when what it read before is written, so a
-//! reader that stalls makes its writer wait, as on a pipe, and nobody else. The tasks end with their streams, not with the
+//! Each direction is a task of its own with one buffer: it reads only when what it read before is written, so a reader
+//! that stalls makes its writer wait, as on a pipe, and nobody else. The tasks end with their streams, not with the
 //! process: a child that keeps stdout open keeps exactly that stream.
 
 use std::{
@@ -126,7 +126,8 @@ pub fn terminal(streams: HostStreams, master: OwnedFd) -> io::Result<Handle> {
     Ok(handle)
 }
 
-/// Copies what a terminal shows. Without a reader, or after it has gone, the terminal must not fill up and stop the process.
+/// Copies what a terminal shows. Without a reader, or after it has gone, the terminal must not fill up and stop the
+/// process.
 async fn terminal_output(master: Descriptor, stream: Option<impl AsyncWrite + Unpin>) {
     if let Some(stream) = stream {
         copy_output(master.clone(), stream).await;
@@ -177,7 +178,8 @@ async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: Descriptor, mut cl
     }
 }
 
-/// Copies, and then keeps the stream until the host has closed its side too, so that nothing still on its way is cut off.
+/// Copies, and then keeps the stream until the host has closed its side too, so that nothing still on its way is cut
+/// off.
 async fn output_and_linger(from: Descriptor, mut stream: Box<dyn ByteStream>) {
     copy_output(from, &mut stream).await;
     let ended = async { while stream.read(&mut [0; 64]).await.is_ok_and(|length| length > 0) {} };

@@ -1,4 +1,5 @@
-//! Which stream is whose: the book of streams that have come to the standard-stream port and of calls that wait for one.
+//! Which stream is whose: the book of streams that have come to the standard-stream port and of calls that wait for
+//! one.
 //!
 //! The shim opens a stream first and names it afterwards by its port on the host's side, on another connection. So
 //! either may come first:
@@ -287,7 +288,8 @@ mod tests {
                         }
                     }
                 }
-                prop_assert_eq!(book.parked(), book.slots.values().filter(|slot| matches!(slot, Slot::Parked(_))).count());
+                let parked = book.slots.values().filter(|slot| matches!(slot, Slot::Parked(_))).count();
+                prop_assert_eq!(book.parked(), parked);
             }
         }
     }

@@ -31,7 +31,8 @@ pub fn mount_setattr(
         userns_fd: 0,
     };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is a NUL-terminated literal, and the kernel reads exactly size_of::<MountAttr>() bytes of `attributes`.
+    // SAFETY: the path is a NUL-terminated literal, and the kernel reads exactly size_of::<MountAttr>() bytes of
+    // `attributes`.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -93,8 +94,8 @@ pub fn default_signals() {
     let default = SignalAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
     let nothing = std::ptr::null_mut::<SignalAction>();
     for number in 1..=64 {
-        // SAFETY: the kernel only reads `default`, whose mask is as long as told; the default action runs no code of ours.
-        // SIGKILL and SIGSTOP are refused, and have it anyway.
+        // SAFETY: the kernel only reads `default`, whose mask is as long as told; the default action runs no code of
+        // ours. SIGKILL and SIGSTOP are refused, and have it anyway.
         unsafe { libc::syscall(libc::SYS_rt_sigaction, number, &raw const default, nothing, size_of::<u64>()) };
     }
 }

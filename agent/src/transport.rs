@@ -32,7 +32,8 @@ impl Accept for HostOnly {
     async fn accept(&mut self) -> io::Result<(Box<dyn ByteStream>, u32)> {
         loop {
             let (stream, peer) = self.0.accept().await?;
-            // A container can open vsock connections too; to the guest's own id they come from that id, not from the host's.
+            // A container can open vsock connections too; to the guest's own id they come from that id, not from the
+            // host's.
             if peer.cid() == VMADDR_CID_HOST {
                 return Ok((Box::new(stream), peer.port()));
             }

@@ -37,7 +37,8 @@ impl Containers {
             return Err(Error::Deleting(id.to_owned()));
         }
         let cleared = self.clear(&container).await;
-        // A full disk must not keep a container from being deleted: whoever wanted the bytes safe has asked by fsync and was told.
+        // A full disk must not keep a container from being deleted: whoever wanted the bytes safe has asked by fsync
+        // and was told.
         if let Err(error) = self.write_back().await {
             warn!(self.log, "a deleted container's last writes are lost"; "container" => id, "error" => %error);
         }

@@ -1,7 +1,7 @@
 //! Containers and their processes, and what each call does to them.
 //!
-//! One map of containers, each with its init process and its execs; beside it a map from pids to processes, which
-//! the reaper reads. Both change only between two awaits. What a call must do across awaits it does on an [`Arc`] that it
+//! One map of containers, each with its init process and its execs; beside it a map from pids to processes, which the
+//! reaper reads. Both change only between two awaits. What a call must do across awaits it does on an [`Arc`] that it
 //! holds; the process's [`Lifecycle`] says whether another call came first.
 
 mod create;

@@ -5,7 +5,8 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use super::{Result, SpecError, absolute};
 use crate::plan::{DeviceKind, DevicePlan};
 
-/// The devices that the OCI specification promises to every container; numbers from Documentation/admin-guide/devices.txt.
+/// The devices that the OCI specification promises to every container; numbers from
+/// Documentation/admin-guide/devices.txt.
 const DEFAULTS: [(&str, u32, u32); 6] = [
     ("/dev/null", 1, 3),
     ("/dev/zero", 1, 5),

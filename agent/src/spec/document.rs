@@ -1,7 +1,7 @@
 //! The specification's two outer objects. Everything inside them is oci-spec's.
 //!
-//! oci-spec's own `Spec` and `Process` check one field (execCPUAffinity, which is refused here) with a regular expression,
-//! and with them a whole engine for these would lie in each guest's memory: a fifth of the agent.
+//! oci-spec's own `Spec` and `Process` check one field (execCPUAffinity, which is refused here) with a regular
+//! expression, and with them a whole engine for these would lie in each guest's memory: a fifth of the agent.
 
 use std::path::PathBuf;
 

@@ -1,7 +1,7 @@
 //! From the OCI runtime specification to a [`Plan`](crate::plan): pure, without I/O.
 //!
-//! The specification comes from an image and its user and is hostile. Each field is either honoured, or refused with its
-//! name and value, or, where containerd's own defaults always contain it and a pod in its own machine loses
+//! The specification comes from an image and its user and is hostile. Each field is either honoured, or refused with
+//! its name and value, or, where containerd's own defaults always contain it and a pod in its own machine loses
 //! nothing, accepted with a note for the log. Nothing is dropped in silence.
 //!
 //! - this file: the document as a whole, namespaces, paths;

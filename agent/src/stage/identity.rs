@@ -1,4 +1,5 @@
-//! Who the program runs as: limits, working directory, groups, user, capabilities, in the order that the kernel's rules allow.
+//! Who the program runs as: limits, working directory, groups, user, capabilities, in the order that the kernel's
+//! rules allow.
 
 use oci_spec::runtime::PosixRlimitType as Type;
 use rustix::{
@@ -15,7 +16,8 @@ use rustix::{
 use super::inroot::Root;
 use crate::plan::{CapabilityPlan, Failure, FailureKind, ProcessPlan, Trying};
 
-/// Gives up everything that the plan does not grant. The stage has one thread, so the thread's identity is the process's.
+/// Gives up everything that the plan does not grant. The stage has one thread, so the thread's identity is the
+/// process's.
 pub(super) fn assume(process: &ProcessPlan, root: &Root) -> Result<(), Failure> {
     for (limit, soft, hard) in &process.rlimits {
         let value = |n: u64| (n != u64::MAX).then_some(n);

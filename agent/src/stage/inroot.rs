@@ -1,8 +1,8 @@
 //! Paths of the image, resolved as the container would resolve them and never outside its root.
 //!
 //! The image is hostile: any part of a path may be a symbolic link that points up, out or into /proc. The kernel does
-//! the resolving (openat2, RESOLVE_IN_ROOT: absolute links and `..` stop at the root; magic links of /proc are refused), and
-//! everything is then done to the descriptor that it returned, so nothing can be exchanged in between.
+//! the resolving (openat2, RESOLVE_IN_ROOT: absolute links and `..` stop at the root; magic links of /proc are
+//! refused), and everything is then done to the descriptor that it returned, so nothing can be exchanged in between.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},

@@ -19,10 +19,10 @@
 //! ```
 //!
 //! A container must not reach the agent's binary through the stage and overwrite it (CVE-2019-5736), nor keep one of
-//! its descriptors. While a stage lives beside a container's processes it is not dumpable, so its /proc/<pid>/exe and
-//! fd are closed to them. Once a program has obtained the binary by naming /proc/self/exe as
-//! its own path, it finds it on a read-only mount that is in no namespace of its own ([`crate::boot`]), and the kernel refuses to write
-//! to a file that PID 1 executes anyhow. All descriptors are close-on-exec.
+//! its descriptors. While a stage lives beside a container's processes it is not dumpable, so its `/proc/<pid>/exe` and
+//! fd are closed to them. Once a program has obtained the binary by naming /proc/self/exe as its own path, it finds it
+//! on a read-only mount that is in no namespace of its own ([`crate::boot`]), and the kernel refuses to write to a
+//! file that PID 1 executes anyhow. All descriptors are close-on-exec.
 
 mod devices;
 mod identity;

@@ -6,8 +6,8 @@
 //! seal     read-only mounts ─► read-only and masked paths ─► read-only root
 //! ```
 //!
-//! The guest's own tree is gone before the first path of the image is touched, so even a mistake in what follows could not
-//! reach it.
+//! The guest's own tree is gone before the first path of the image is touched, so even a mistake in what follows could
+//! not reach it.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},

@@ -144,8 +144,8 @@ async fn the_agents_binary_cannot_be_overwritten() {
 #[tokio::test]
 async fn a_stage_cannot_be_looked_into_from_its_container() {
     let pod = Pod::start().await;
-    // An init that has been created and waits for Start is a stage; another container has it not in sight at all, and in
-    // its own only an exec could look. So look at an exec's stage from the init, which spins on /proc.
+    // An init that has been created and waits for Start is a stage; another container has it not in sight at all, and
+    // in its own only an exec could look. So look at an exec's stage from the init, which spins on /proc.
     let script = "while :; do for p in /proc/[0-9]*; do [ $p != /proc/1 ] && [ $p != /proc/$$ ] && \
                   [ \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" != \"${x#x}\" ] && \
                   case \"$(tr '\\0' ' ' < $p/cmdline 2>/dev/null)\" in *stage*) echo seen >> /tmp/seen; \

@@ -1,8 +1,8 @@
 //! The agent's library behind Unix sockets, for tests: `caisson-agent-local <directory>`.
 //!
-//! The directory holds `share/` (in place of the virtio-fs mount) and `cgroup/` (a mounted cgroup2); the agent makes `agent.sock`
-//! and `stdio.sock` in it, and `ready` last. A connection to stdio.sock begins with the port that a vsock peer would have,
-//! four bytes, little-endian. To be run as PID 1 of a pid namespace, as in a guest.
+//! The directory holds `share/` (in place of the virtio-fs mount) and `cgroup/` (a mounted cgroup2); the agent makes
+//! `agent.sock` and `stdio.sock` in it, and `ready` last. A connection to stdio.sock begins with the port that a vsock
+//! peer would have, four bytes, little-endian. To be run as PID 1 of a pid namespace, as in a guest.
 
 use std::{convert::Infallible, env, fs, io, path::Path, path::PathBuf, process::ExitCode};
 

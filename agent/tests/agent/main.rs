@@ -1,7 +1,7 @@
 //! The agent's library at work on this machine: real namespaces, real programs, Unix sockets instead of vsock.
 //!
-//! Needs root, a mounted cgroup2 and /bin/busybox (static). Each test has an agent of its own as PID 1 of its own pid and mount
-//! namespace, so nothing outlives it.
+//! Needs root, a mounted cgroup2 and /bin/busybox (static). Each test has an agent of its own as PID 1 of its own pid
+//! and mount namespace, so nothing outlives it.
 
 mod hostile;
 mod lifecycle;

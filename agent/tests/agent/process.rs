@@ -40,7 +40,8 @@ fn sets(inheritable: u64, permitted: u64, effective: u64, bounding: u64, ambient
 async fn all_five_capability_sets_are_as_asked() {
     let pod = Pod::start().await;
     let (chown, kill, net_raw) = (1u64, 1 << 5, 1 << 13);
-    // For root the kernel makes permitted at exec what is bounding, but with no_new_privs only what already was permitted.
+    // For root the kernel makes permitted at exec what is bounding, but with no_new_privs only what already was
+    // permitted.
     let mut spec = shell(CAPABILITIES);
     spec["process"]["capabilities"] =
         json!({"bounding": ["CAP_CHOWN", "CAP_KILL"], "permitted": ["CAP_CHOWN"], "effective": []});
