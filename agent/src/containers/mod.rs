@@ -2,7 +2,7 @@
 //!
 //! One map of containers, each with its init process and its execs; beside it a map from pids to processes, which the
 //! reaper reads. Both change only between two awaits. What a call must do across awaits it does on an [`Arc`] that it
-//! holds; the process's [`Lifecycle`] says whether another call came first.
+//! holds; the process's [`Lifecycle`](crate::lifecycle::Lifecycle) says whether another call came first.
 
 mod create;
 mod delete;

@@ -254,6 +254,19 @@ async fn a_failed_create_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_specification_may_have_a_mebibyte_and_no_more() {
+    let pod = Pod::start().await;
+    let mut large = shell("echo all there");
+    let paths: Vec<_> = (0..20_000).map(|n| format!("/absent/{n:032}")).collect();
+    large["linux"]["maskedPaths"] = json!(paths);
+    assert_eq!(pod.run(&large).await.stdout, "all there\n");
+    large["annotations"] = json!({"fill": "x".repeat(300_000)});
+    let (code, message) = status(pod.create("c", &large, None).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("1048576"), "{message}");
+}
+
+#[tokio::test]
 async fn a_limit_that_the_kernel_does_not_take_is_told_by_its_field() {
     let pod = Pod::start().await;
     let mut spec = spec(&["true"]);
