@@ -156,8 +156,14 @@ impl Delivery {
     async fn run(mut self, mut envelopes: mpsc::Receiver<Envelope>) {
         while let Some(envelope) = envelopes.recv().await {
             let mut pause = FIRST_PAUSE;
-            while let Err(error) = self.deliver(&envelope).await {
+            loop {
+                // A connection that stood idle may have died with an earlier containerd: the next may be there already.
+                let stale = self.client.is_some();
+                let Err(error) = self.deliver(&envelope).await else { break };
                 self.client = None;
+                if stale {
+                    continue;
+                }
                 warn!(self.log, "containerd does not take events"; "topic" => &envelope.topic, "error" => error);
                 sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);

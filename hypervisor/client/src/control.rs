@@ -153,20 +153,6 @@ impl Control {
     pub async fn call(&self, request: Request) -> Result<Reply, CallError> {
         self.send(request, &[]).await?.wait().await
     }
-
-    /// Builds and starts a machine; the packets follow each other at once.
-    ///
-    /// # Errors
-    /// See [`CallError`].
-    pub async fn build_and_start(&self, machine: Machine) -> Result<(), CallError> {
-        let (config, descriptors) = machine.into_packet()?;
-        let configured = self.send(Request::Configure(Box::new(config)), &descriptors).await?;
-        drop(descriptors);
-        let started = self.send(Request::Start, &[]).await?;
-        configured.wait().await?;
-        started.wait().await?;
-        Ok(())
-    }
 }
 
 impl Driver {
