@@ -201,10 +201,11 @@ impl FileSystem for Service {
         component(name)?;
         component(new_name)?;
         let mut tree = self.tree();
-        let linked = tree.linked_node(from, name);
+        let exchange = RenameFlags::from_bits_retain(flags).contains(RenameFlags::EXCHANGE);
+        let linked = [tree.linked_node(from, name), if exchange { tree.linked_node(to, new_name) } else { None }];
         let (from, to) = (&tree.nodes.get(from)?.path, &tree.nodes.get(to)?.path);
         renameat_with(from, name, to, new_name, RenameFlags::from_bits_retain(flags))?;
-        if let Some(node) = linked {
+        for node in linked.into_iter().flatten() {
             tree.identify(node)?;
         }
         Ok(())

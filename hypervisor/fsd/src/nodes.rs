@@ -107,6 +107,13 @@ impl Nodes {
         self.by_key.insert(key, id);
     }
 
+    /// Names the node's file by another descriptor of it.
+    pub fn renew(&mut self, id: u64, path: OwnedFd) {
+        if let Some(node) = self.by_id.get_mut(&id) {
+            node.path = path;
+        }
+    }
+
     /// Takes `count` references back; true if the node is gone. The root always stays.
     pub fn forget(&mut self, id: u64, count: u64) -> bool {
         let Some(node) = self.by_id.get_mut(&id) else { return false };

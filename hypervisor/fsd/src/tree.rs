@@ -20,7 +20,7 @@ use std::{
 
 use fuse_backend_rs::api::filesystem::Entry;
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Statx, openat, openat2},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Statx, openat, openat2, readlinkat},
     io::Errno,
     path::DecInt,
 };
@@ -90,11 +90,15 @@ impl Tree {
     /// EINVAL for a bad name, ENFILE if the guest knows too many files, the system calls'.
     pub fn lookup(&mut self, parent: u64, name: &CStr) -> Result<Entry, Errno> {
         let (path, stat) = self.find(parent, name)?;
-        if let Some(known) = self.nodes.find(&key(&stat))
-            && stat.stx_nlink > 1
+        if stat.stx_nlink > 1
+            && let Some(known) = self.nodes.find(&key(&stat))
         {
             // That node may have left this identity behind.
             self.identify(known)?;
+            // And overlayfs changes a file of the image only by a name that still exists.
+            if self.nodes.find(&key(&stat)) == Some(known) && self.is_unlinked(known)? {
+                self.nodes.renew(known, path.try_clone().map_err(|_| Errno::NFILE)?);
+            }
         }
         let entry_timeout = self.timeout(parent)?;
         let inode = self.nodes.enter(path, key(&stat), kind(&stat))?;
@@ -121,6 +125,12 @@ impl Tree {
         let stat = examine(&self.nodes.get(node)?.path)?;
         self.nodes.rekey(node, key(&stat));
         Ok(stat)
+    }
+
+    /// Whether the name by which a node was found is gone. A name that ends like the kernel's mark passes for gone.
+    fn is_unlinked(&self, node: u64) -> Result<bool, Errno> {
+        let path = readlinkat(&self.proc_fds, self.proc_name(node)?, Vec::new())?;
+        Ok(path.as_bytes().ends_with(b" (deleted)"))
     }
 
     /// The node of `name` in `parent` if it may get another identity when it is renamed.

@@ -205,3 +205,19 @@ fn ten_thousand_small_files() {
     let open = fs::read_dir(format!("/proc/{}/fd", o.client.child.id())).unwrap().count();
     assert!(open < 100, "{open} descriptors are left open");
 }
+
+/// The node may have been found by the name that is gone now, which overlayfs cannot copy up any more.
+#[test]
+fn a_hard_link_of_the_image_can_be_written_when_another_is_gone() {
+    let mut o = overlay(",index=off");
+    let dir = o.client.walk("root/dir").unwrap().node;
+    let a = o.client.lookup(dir, "a").unwrap();
+    o.client.unlink(dir, "a").unwrap();
+    let a2 = o.client.lookup(dir, "a2").unwrap();
+    assert_eq!(a2.node, a.node);
+    o.client.write(a2.node, 0, b"changed").unwrap();
+    let host = o.stage.shared().join("root/dir");
+    assert_eq!(fs::read(host.join("a2")).unwrap(), b"changed");
+    assert!(!host.join("a").exists());
+    assert_eq!(o.client.lookup(dir, "a2").unwrap().node, a2.node);
+}
