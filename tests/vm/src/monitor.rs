@@ -130,13 +130,26 @@ impl Monitor {
         }
     }
 
+    /// Asks for the counters until `enough` says so.
+    pub fn wait_for_stats(&mut self, what: &str, enough: impl Fn(&MachineStats) -> bool) {
+        let deadline = Deadline::default();
+        while !enough(&self.stats()) {
+            deadline.left(what);
+        }
+    }
+
     /// Closes our end of the control socket.
     pub fn hang_up(&mut self) {
         self.control = None;
     }
 
     /// Waits for the exit notice, then for the end of the stream and of the process; checks that all three agree.
-    pub fn exit_notice(mut self) -> ExitNotice {
+    pub fn exit_notice(self) -> ExitNotice {
+        self.exit_notice_and_log().0
+    }
+
+    /// The same, with all that it has logged.
+    pub fn exit_notice_and_log(mut self) -> (ExitNotice, String) {
         let notice = match self.event() {
             Some(Event::Exited(notice)) => notice,
             other => panic!("expected the exit notice, got {other:?}; log:\n{}", self.log()),
@@ -144,7 +157,7 @@ impl Monitor {
         assert_eq!(self.event(), None, "nothing comes after the exit notice");
         let status = self.exit_status();
         assert_eq!(status.code(), Some(notice.reason as i32), "exit status and notice agree; log:\n{}", self.log());
-        notice
+        (notice, self.log())
     }
 
     /// The same for its reason alone.

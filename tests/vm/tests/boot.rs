@@ -82,7 +82,7 @@ fn a_paused_guest_stands_still_and_goes_on_afterwards() {
             assert_eq!(guest.monitor.stats(), before, "a paused machine counts nothing");
         }
         guest.monitor.call(Request::Resume).unwrap();
-        while guest.monitor.stats() == before {}
+        guest.monitor.wait_for_stats("the resumed guest to do something", |stats| *stats != before);
     }
     guest.monitor.call(Request::Shutdown).unwrap();
     assert_eq!(guest.monitor.exit_reason(), ExitReason::Requested);

@@ -77,7 +77,7 @@ fn a_machine_that_does_nothing_but_print_still_obeys() {
     monitor.start(machine);
     read_until(&mut console, "output of the guest", |text| text.contains("ok\nok\n"));
     // Nobody reads any more: the pipe fills up, and the guest runs on.
-    while monitor.stats().console_dropped_bytes == 0 {}
+    monitor.wait_for_stats("dropped console output", |stats| stats.console_dropped_bytes > 0);
     assert!(monitor.call(Request::Shutdown).is_ok());
     assert_eq!(monitor.exit_reason(), ExitReason::Requested);
 }
