@@ -2,7 +2,7 @@
 //! socket, and hears from it until it ends.
 //!
 //! ```text
-//! Machine (descriptors in place)      Monitor::spawn ── fork/exec ──► caisson-vmm, socket at descriptor 3
+//! Machine (descriptors in place)      spawn_monitor ─── fork/exec ──► caisson-vmm, socket at descriptor 3
 //!    │ into_packet                        │
 //!    └── Configure + its descriptors ─────┤ configure_and_start: both packets leave before the first answer
 //!                                         │

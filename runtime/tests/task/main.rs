@@ -3,6 +3,7 @@
 
 mod bench;
 mod guest;
+mod machine;
 
 use bench::{Bench, LIMIT, reader, refusal, within};
 use containerd_shim_protos::{
