@@ -71,7 +71,12 @@ impl Pod {
         make_rootfs(&path.join("share/rootfs"));
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let cgroup = cgroup2_mount().join(format!("caisson-test-{}-{number}", std::process::id()));
+        let mount = cgroup2_mount();
+        for controller in ["cpu", "cpuset", "memory", "pids"] {
+            // As in a guest, where the kernel has them; with cgroup v1 beside they are taken, and then go without.
+            let _ = fs::write(mount.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+        let cgroup = mount.join(format!("caisson-test-{}-{number}", std::process::id()));
         fs::create_dir(&cgroup).unwrap();
         // The agent's binary lies on a read-only mount, as in a guest.
         let script = "set -e; cd \"$1\"; mount -t proc proc /proc; mount --bind \"$2\" cgroup; cp \"$3\" agent; \
@@ -244,6 +249,12 @@ impl Pod {
             .collect();
         assert!(cgroups.is_empty(), "cgroups left: {cgroups:?}");
         assert_eq!(children(self.agent_pid()), Vec::<u32>::new(), "processes left");
+    }
+
+    /// The controllers that containers of this agent can have.
+    pub fn cgroup_controllers(&self) -> Vec<String> {
+        let list = fs::read_to_string(self.cgroup.join("caisson/cgroup.subtree_control")).unwrap();
+        list.split_whitespace().map(str::to_owned).collect()
     }
 
     /// The agent's pid as this test sees it.
