@@ -80,12 +80,7 @@ impl<'a> Container<'a> {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.host.ctr(["run", "--rm", "--runtime", self.host.runtime.name()]);
         command.args(["--snapshotter", self.host.snapshotter()]).args(&self.flags);
-        // With --config the arguments come from the file, and ctr takes no image.
-        if self.flags.iter().any(|flag| flag == "--config") {
-            command.arg(&self.id);
-        } else {
-            command.arg(self.host.image_name()).arg(&self.id).args(arguments);
-        }
+        command.arg(self.host.image_name()).arg(&self.id).args(arguments);
         command
     }
 
