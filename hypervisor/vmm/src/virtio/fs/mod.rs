@@ -38,7 +38,11 @@ use self::{
 };
 use super::{Chain, Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
 
+#[cfg(test)]
+mod hostile_tests;
 pub mod slots;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 pub mod wire;
