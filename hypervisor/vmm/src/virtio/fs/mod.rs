@@ -410,12 +410,16 @@ impl VirtioDevice for FsDevice {
         if matches!(self.link, Link::Idle | Link::Closed) {
             return Ok(());
         }
+        let was_full = self.link == Link::Full;
         if events.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) {
             self.receive(context)?;
         }
         if self.link == Link::Full && events.contains(EventSet::OUT) {
             self.link = Link::Open;
             self.watch(context.poll, EventSet::IN)?;
+        }
+        // There is room, or no server any more: either way, what waits in the queues moves on.
+        if was_full && self.link != Link::Full {
             (0..QUEUE_SIZES.len()).try_for_each(|queue| self.forward_queue(context, queue))?;
         }
         Ok(())

@@ -151,6 +151,22 @@ fn when_the_server_dies_every_request_fails_now_and_later() {
 }
 
 #[test]
+fn requests_that_wait_for_room_fail_when_the_server_dies() {
+    let mut machine = Machine::new();
+    let body = vec![7; 1 << 20];
+    let mut sent = 0;
+    while machine.device.link != Link::Full {
+        machine.request(0, 16, sent, &body, 64);
+        sent += 1;
+    }
+    let (_, closed) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    drop(std::mem::replace(&mut machine.server, closed));
+    machine.ready(EventSet::IN | EventSet::OUT | EventSet::HANG_UP).unwrap();
+    let failed = std::iter::from_fn(|| machine.completed()).count();
+    assert_eq!(failed as u64, sent, "the one that waited, too");
+}
+
+#[test]
 fn a_server_that_died_unnoticed_is_noticed_by_the_next_request() {
     let mut machine = Machine::new();
     machine.request(0, LOOKUP, 7, b"a\0", 64);
