@@ -7,7 +7,12 @@
 
 use std::{io, path::Path};
 
-use nix::mount::{MsFlags, mount};
+use nix::{
+    fcntl::{OFlag, open},
+    mount::{MsFlags, mount},
+    sys::stat::Mode,
+    unistd::{chdir, fchdir},
+};
 
 /// One mount of a root file system.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -127,17 +132,13 @@ impl Plan {
     fn run(&self, kind: &str, source: &str, target: &Path) -> io::Result<()> {
         let none = None::<&str>;
         if !self.flags.contains(MsFlags::MS_REMOUNT) || !self.data.is_empty() {
-            let back = match &self.directory {
-                Some(directory) => {
-                    let back = std::env::current_dir()?;
-                    std::env::set_current_dir(directory)?;
-                    Some(back)
-                }
-                None => None,
-            };
+            let back = open(".", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+            if let Some(directory) = &self.directory {
+                chdir(directory.as_str())?;
+            }
             let mounted = mount(Some(source), target, Some(kind), self.flags, Some(self.data.as_str()));
-            if let Some(back) = back {
-                std::env::set_current_dir(back)?;
+            if self.directory.is_some() {
+                fchdir(&back)?;
             }
             mounted?;
         }

@@ -121,12 +121,7 @@ impl Pod {
             options::check(options)?;
         }
         let name = Name::new(&request.id, "");
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
+        let stdio = Stdio::new(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         self.tasks().add_container(&request.id, &request.bundle, stdio.clone())?;
         let created = self.create_container(&name, &request, &stdio).await;
         if let Err(error) = &created {
@@ -311,12 +306,7 @@ impl Pod {
             return Err(TaskError::invalid_argument(format!("exec id {:?} is no identifier", request.exec_id)));
         }
         let name = Name::new(&request.id, &request.exec_id);
-        let stdio = Stdio {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
+        let stdio = Stdio::new(&request.stdin, &request.stdout, &request.stderr, request.terminal);
         self.tasks().add_exec(&name, stdio.clone())?;
         let added = self.exec_process(&name, &stdio, request.spec.value.clone()).await;
         if added.is_err() {

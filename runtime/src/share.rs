@@ -225,4 +225,33 @@ mod tests {
         assert!(refused.contains("/no/such"), "{refused}");
         share.mount_rootfs("four", &[], &upper).expect("a refused one left nothing behind");
     }
+    #[test]
+    fn an_overlay_of_more_layers_than_a_page_names() {
+        let state = tempfile::tempdir().unwrap();
+        let share = share(state.path());
+        // An overlay's upper directory cannot lie on every file system; a tmpfs takes it.
+        let layers = state.path().join("layers-".repeat(15));
+        fs::create_dir(&layers).unwrap();
+        mount(Some("t"), &layers, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let name = |n: usize| layers.join(n.to_string());
+        for n in 0..60 {
+            fs::create_dir(name(n)).unwrap();
+            fs::write(name(n).join(format!("file-{n}")), "x").unwrap();
+        }
+        for directory in ["upper", "work"] {
+            fs::create_dir(layers.join(directory)).unwrap();
+        }
+        let lower: Vec<_> = (0..60).map(|n| name(n).display().to_string()).collect();
+        let options = vec![
+            format!("lowerdir={}", lower.join(":")),
+            format!("upperdir={}/upper", layers.display()),
+            format!("workdir={}/work", layers.display()),
+        ];
+        let overlay = Mount { kind: "overlay".into(), source: "overlay".into(), options };
+        let here = std::env::current_dir().unwrap();
+        let rootfs = share.mount_rootfs("one", &[overlay], Path::new("/none"));
+        assert_eq!(std::env::current_dir().unwrap(), here);
+        let target = rootfs.as_ref().expect("it is mounted").target.clone();
+        assert!((0..60).all(|n| target.join(format!("file-{n}")).exists()));
+    }
 }

@@ -46,6 +46,13 @@ pub struct Stdio {
     pub terminal: bool,
 }
 
+impl Stdio {
+    /// The fields of a request.
+    pub fn new(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Self {
+        Self { stdin: stdin.to_owned(), stdout: stdout.to_owned(), stderr: stderr.to_owned(), terminal }
+    }
+}
+
 /// A stream that cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
