@@ -2,11 +2,14 @@
 
 use std::io;
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::{layout::KVM_TSS, virtio::GuestMemory};
+use crate::{
+    layout::{KVM_TSS, VIRTIO_MMIO},
+    virtio::{GuestMemory, mmio::RegisterPages},
+};
 
 /// What we cannot do without, and the names by which an operator finds them.
 const NEEDED: [(Cap, &str); 7] = [
@@ -124,6 +127,28 @@ pub fn create_machine(kvm: &Kvm, memory: &GuestMemory, vcpus: u8) -> Result<VmFd
     // its ticks from the local APIC.
     vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
     Ok(vm)
+}
+
+/// Lets the guest read its devices' registers from their pages; writes still come out. `slot` is the first free memory
+/// slot. Does nothing where KVM knows no read-only memory: then reads come out, too.
+///
+/// # Errors
+/// The call's.
+pub fn show_registers(kvm: &Kvm, vm: &VmFd, slot: usize, pages: &RegisterPages) -> Result<(), KvmError> {
+    if !kvm.check_extension(Cap::ReadonlyMem) {
+        return Ok(());
+    }
+    let region = kvm_userspace_memory_region {
+        // There are at most two others.
+        slot: slot as u32,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: VIRTIO_MMIO.0,
+        memory_size: pages.region().size() as u64,
+        userspace_addr: pages.region().as_ptr() as u64,
+    };
+    // SAFETY: the host range is a mapping that the devices keep as long as the machine exists; the guest only reads it;
+    // it lies in the device gap, where there is no RAM.
+    unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
 }
 
 /// What KVM can show a guest of this processor.

@@ -10,6 +10,7 @@ use std::{io, sync::Arc};
 use caisson_protos::monitor::{MachineConfig, MachineStats};
 use kvm_ioctls::{Kvm, VmFd};
 use slog::Logger;
+use vm_memory::GuestMemoryBackend;
 
 use crate::{
     boot::{self, BootError, CommandLine, Image},
@@ -22,7 +23,10 @@ use crate::{
     output::Output,
     ports::Ports,
     vcpu::{self, Gate, Running, Surroundings, Vcpu},
-    virtio::{GuestMemory, mmio::MmioDevice},
+    virtio::{
+        GuestMemory,
+        mmio::{MmioDevice, RegisterPages},
+    },
 };
 
 /// The most vCPUs in a machine.
@@ -134,9 +138,14 @@ impl Machine {
             }
             None => None,
         };
-        let devices = devices::build(config, &mut fds, log)?
+        let devices = devices::build(config, &mut fds, log)?;
+        let no_page = |e| MachineError::System { what: "memory for device registers", source: io::Error::other(e) };
+        let pages = RegisterPages::new(devices.len()).map_err(no_page)?;
+        let devices = devices
             .into_iter()
-            .map(|device| MmioDevice::new(device, memory.clone(), log.clone()).map(Arc::new))
+            .enumerate()
+            .filter_map(|(index, device)| Some((device, pages.page(index)?)))
+            .map(|(device, page)| MmioDevice::new(device, page, memory.clone(), log.clone()).map(Arc::new))
             .collect::<io::Result<Vec<_>>>()
             .map_err(system("eventfd for a device"))?;
         fds.finish()?;
@@ -147,6 +156,7 @@ impl Machine {
 
         let ports = Ports::new(console).map_err(system("eventfd for the console"))?;
         let vm = kvm::create_machine(kvm, &memory, config.vcpus)?;
+        kvm::show_registers(kvm, &vm, memory.num_regions(), &pages)?;
         for (index, (device, irq)) in devices.iter().zip(VIRTIO_IRQS).enumerate() {
             device.connect(&vm, device_base(index), irq).map_err(system("joining a device to KVM"))?;
         }

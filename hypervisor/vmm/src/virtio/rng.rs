@@ -1,6 +1,10 @@
 //! The entropy device (virtio 1.2, section 5.4): fills what the driver offers with the host's random bytes.
 
 use event_manager::EventSet;
+use rustix::{
+    io::Errno,
+    rand::{GetRandomFlags, getrandom},
+};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::{Buffers, Context, DeviceError, Poll, PollToken, VirtioDevice};
@@ -20,8 +24,12 @@ impl Rng {
         let mut bytes = [0; MAX_BYTES];
         let wanted = buffers.len().min(MAX_BYTES);
         let bytes = bytes.get_mut(..wanted).unwrap_or_default();
-        let filled = rustix::rand::getrandom(&mut *bytes, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| DeviceError::Host { what: "getrandom", source: error.into() })?;
+        let filled = match getrandom(&mut *bytes, GetRandomFlags::NONBLOCK) {
+            Ok(filled) => filled,
+            // The host itself has only just booted: nothing to give yet. The driver asks again.
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(error) => return Err(DeviceError::Host { what: "getrandom", source: error.into() }),
+        };
         buffers.write(0, bytes.get(..filled).unwrap_or_default())?;
         Ok(filled)
     }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   vCPU threads                              device thread
-//!     register access ──► [lock] Registers      │
+//!     register write ──► [lock] Registers       │
+//!     register read ══► page (no exit)          │
 //!       DRIVER_OK, reset ─────── wake ─────────►│ settle: device.reset, device.activate
 //!     QueueNotify ═══ ioeventfd (no exit) ═════►│ device.queue_ready
 //!     InterruptACK ══ ioeventfd, never read     │ device.descriptor_ready
@@ -15,9 +16,10 @@
 //!
 //! **Interrupts** are edges on an IOAPIC pin of their own, so that none has to be taken back. The acknowledgement is
 //! then of no use to anybody, but Linux writes it after each interrupt; an ioeventfd that nobody reads swallows it inside
-//! KVM, which saves half of the exits to this process. So the "used buffer" cause, once given, stays readable in
+//! KVM. So the "used buffer" cause, once given, stays readable in
 //! InterruptStatus, and a driver looks at its used rings at each interrupt, as it does anyway.
 
+mod page;
 mod registers;
 
 use std::{
@@ -26,25 +28,25 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use slog::Logger;
 use virtio_bindings::{
-    virtio_mmio::{
-        VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK,
-        VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_QUEUE_NOTIFY,
-    },
+    virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY},
     virtio_ring::VIRTIO_RING_F_EVENT_IDX,
 };
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-pub use self::registers::Registers;
 use self::registers::{Effect, QueueRegisters};
+pub use self::{
+    page::{RegisterPage, RegisterPages},
+    registers::Registers,
+};
 use super::{Context, DeviceError, GuestMemory, Poll, PollToken, QueueError, VirtQueue, VirtioDevice};
 
 /// The size of one device's register page.
@@ -62,7 +64,7 @@ pub struct MmioDevice {
     /// Registers changed in a way that the device must hear of.
     wake: EventFd,
     interrupt: EventFd,
-    interrupt_status: AtomicU32,
+    page: RegisterPage,
     notifications: AtomicU64,
     interrupts: AtomicU64,
     guest_faults: AtomicU64,
@@ -96,9 +98,16 @@ impl MmioDevice {
     ///
     /// # Errors
     /// No more descriptors.
-    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemory, log: Logger) -> io::Result<Self> {
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        page: RegisterPage,
+        memory: GuestMemory,
+        log: Logger,
+    ) -> io::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let registers = Registers::new(device.device_id(), device.features(), device.queue_sizes());
+        page.show(&registers);
+        page.show_config(|config| device.read_config(0, config));
         Ok(Self {
             name: device.name(),
             memory,
@@ -107,7 +116,7 @@ impl MmioDevice {
             acknowledge: event()?,
             wake: event()?,
             interrupt: event()?,
-            interrupt_status: AtomicU32::new(0),
+            page,
             notifications: AtomicU64::new(0),
             interrupts: AtomicU64::new(0),
             guest_faults: AtomicU64::new(0),
@@ -144,22 +153,9 @@ impl MmioDevice {
         }
     }
 
-    /// A vCPU reads `data.len()` bytes at `offset` of the register page.
+    /// A vCPU reads at `offset` of the register page, where KVM does not show it the page itself.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(offset) = offset.checked_sub(VIRTIO_MMIO_CONFIG.into()) {
-            self.lock().device.read_config(offset, data);
-            return;
-        }
-        let Ok(word) = <&mut [u8; 4]>::try_from(data) else { return self.count_fault() };
-        let status = self.interrupt_status.load(Ordering::Acquire);
-        // Read at every interrupt: without the lock, which the device may hold for long.
-        let value = if offset == u64::from(VIRTIO_MMIO_INTERRUPT_STATUS) {
-            status
-        } else {
-            self.lock().registers.read(offset, status)
-        };
-        *word = value.to_le_bytes();
+        self.page.read(offset, data);
     }
 
     /// A vCPU writes `data` at `offset` of the register page.
@@ -167,7 +163,9 @@ impl MmioDevice {
         // No device has a configuration space that a driver could write.
         let Ok(word) = <[u8; 4]>::try_from(data) else { return self.count_fault() };
         let mut inner = self.lock();
-        match inner.registers.write(offset, u32::from_le_bytes(word)) {
+        let effect = inner.registers.write(offset, u32::from_le_bytes(word));
+        self.page.show(&inner.registers);
+        match effect {
             Effect::None => {}
             Effect::Refused => self.count_fault(),
             Effect::Activate => signal(&self.wake),
@@ -176,12 +174,14 @@ impl MmioDevice {
                     inner.reset_due = true;
                     signal(&self.wake);
                 }
-                self.interrupt_status.store(0, Ordering::Release);
+                self.page.interrupt_status(|status| status.store(0, Ordering::Release));
             }
             // Comes here only if it was not written as one aligned word.
             Effect::Notify(queue) => self.notify.get(usize::from(queue)).into_iter().for_each(signal),
             Effect::Acknowledge(causes) => {
-                self.interrupt_status.fetch_and(!causes, Ordering::AcqRel);
+                self.page.interrupt_status(|status| {
+                    status.fetch_and(!causes, Ordering::AcqRel);
+                });
             }
         }
     }
@@ -195,7 +195,9 @@ impl MmioDevice {
     }
 
     fn send_interrupt(&self, cause: u32) {
-        self.interrupt_status.fetch_or(cause, Ordering::AcqRel);
+        self.page.interrupt_status(|status| {
+            status.fetch_or(cause, Ordering::AcqRel);
+        });
         self.interrupts.fetch_add(1, Ordering::Relaxed);
         signal(&self.interrupt);
     }
@@ -221,14 +223,7 @@ impl MmioDevice {
     fn build_queue(&self, inner: &Inner, registers: &QueueRegisters) -> Result<VirtQueue, DeviceError> {
         let mut virt_queue = VirtQueue::new(registers.max_size)?;
         let queue = virt_queue.registers_mut();
-        let set = || -> Result<(), virtio_queue::Error> {
-            queue.try_set_size(u16::try_from(registers.size).map_err(|_| virtio_queue::Error::InvalidSize)?)?;
-            queue.try_set_desc_table_address(GuestAddress(registers.descriptors))?;
-            queue.try_set_avail_ring_address(GuestAddress(registers.available))?;
-            queue.try_set_used_ring_address(GuestAddress(registers.used))
-        };
-        let mut set = set;
-        set().map_err(QueueError::from)?;
+        set_rings(queue, registers).map_err(QueueError::from)?;
         queue.set_event_idx(inner.registers.accepted_features() & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
         queue.set_ready(registers.ready);
         if virt_queue.is_usable(&self.memory) {
@@ -283,6 +278,7 @@ impl MmioDevice {
         inner.device.reset(poll);
         inner.queues = None;
         inner.registers.set_needs_reset();
+        self.page.show(&inner.registers);
         self.send_interrupt(VIRTIO_MMIO_INT_CONFIG);
     }
 
@@ -299,6 +295,14 @@ impl MmioDevice {
             self.call(&mut inner, poll, |device, context| device.descriptor_ready(context, token, events));
         }
     }
+}
+
+/// Size and places, checked for alignment; whether they lie in memory is checked later.
+fn set_rings(queue: &mut Queue, registers: &QueueRegisters) -> Result<(), virtio_queue::Error> {
+    queue.try_set_size(u16::try_from(registers.size).map_err(|_| virtio_queue::Error::InvalidSize)?)?;
+    queue.try_set_desc_table_address(GuestAddress(registers.descriptors))?;
+    queue.try_set_avail_ring_address(GuestAddress(registers.available))?;
+    queue.try_set_used_ring_address(GuestAddress(registers.used))
 }
 
 /// Writing 1 to an eventfd fails only when its counter is full, and then it is ready anyway.

@@ -42,7 +42,8 @@ impl Machine {
     fn new(device: Box<dyn VirtioDevice>) -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let log = Logger::root(slog::Discard, slog::o!());
-        let device = MmioDevice::new(device, memory.clone(), log).unwrap();
+        let page = RegisterPages::new(1).unwrap().page(0).unwrap();
+        let device = MmioDevice::new(device, page, memory.clone(), log).unwrap();
         Self { device, memory, poll: Watched::default() }
     }
 
