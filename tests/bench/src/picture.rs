@@ -93,6 +93,8 @@ impl Picture {
 
     fn bar(&mut self, label: &str, from: f64, figure: &Figure, scale: f64, colour: &str) {
         let (x, width, y) = (LEFT + from * scale, (figure.median * scale).max(1.0), self.y);
+        // Beyond the line of the runs, where there is one.
+        let end = if from == 0.0 { LEFT + figure.max * scale } else { x + width };
         let _ = writeln!(
             self.body,
             r#"<text x="{:.0}" y="{:.0}" text-anchor="end">{}</text>
@@ -102,7 +104,7 @@ impl Picture {
             y + 15.0,
             escape(label),
             y + 2.0,
-            x + width + 6.0,
+            end.max(x + width) + 6.0,
             y + 15.0,
             figure.median,
         );
