@@ -9,6 +9,7 @@
 use std::{
     ffi::CStr,
     io,
+    os::fd::{AsFd, BorrowedFd},
     sync::{Mutex, MutexGuard},
     time::Duration,
 };
@@ -78,13 +79,13 @@ impl Service {
         parent: u64,
         name: &CStr,
         umask: u32,
-        make: impl FnOnce(&Tree, std::os::fd::BorrowedFd) -> Result<(), Errno>,
+        make: impl FnOnce(BorrowedFd) -> Result<(), Errno>,
     ) -> io::Result<Entry> {
-        use std::os::fd::AsFd;
         component(name)?;
         let mut tree = self.tree();
+        tree.nodes.check_room()?;
         let directory = tree.nodes.get(parent)?.path.as_fd();
-        creating_as(context.uid, context.gid, umask, || make(&tree, directory))?;
+        creating_as(context.uid, context.gid, umask, || make(directory))?;
         Ok(tree.lookup(parent, name)?)
     }
 }
@@ -166,7 +167,7 @@ impl FileSystem for Service {
     }
 
     fn symlink(&self, context: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.make(context, parent, name, 0, |_, directory| symlinkat(target, directory, name))
+        self.make(context, parent, name, 0, |directory| symlinkat(target, directory, name))
     }
 
     fn mknod(
@@ -179,12 +180,12 @@ impl FileSystem for Service {
         umask: u32,
     ) -> io::Result<Entry> {
         let (kind, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode & 0o7777));
-        self.make(context, parent, name, umask, |_, directory| mknodat(directory, name, kind, mode, rdev.into()))
+        self.make(context, parent, name, umask, |directory| mknodat(directory, name, kind, mode, rdev.into()))
     }
 
     fn mkdir(&self, context: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
         let mode = Mode::from_raw_mode(mode & 0o7777);
-        self.make(context, parent, name, umask, |_, directory| mkdirat(directory, name, mode))
+        self.make(context, parent, name, umask, |directory| mkdirat(directory, name, mode))
     }
 
     fn unlink(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
@@ -235,6 +236,7 @@ impl FileSystem for Service {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         component(name)?;
         let mut tree = self.tree();
+        tree.nodes.check_room()?;
         let mode = Mode::from_raw_mode(args.mode & 0o7777);
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory = &tree.nodes.get(parent)?.path;

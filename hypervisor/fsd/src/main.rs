@@ -19,6 +19,7 @@ use slog::{Logger, error, info};
 const STACK: usize = 256 * 1024;
 
 fn main() -> ExitCode {
+    // The records of fuse-backend-rs are not bridged into it: they hold whole requests of the guest.
     let log = caisson_log::logger("fsd", std::io::stderr(), slog::Level::Info);
     match run(&log) {
         Ok(()) => ExitCode::SUCCESS,

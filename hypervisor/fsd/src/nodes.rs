@@ -79,14 +79,20 @@ impl Nodes {
             node.lookups = node.lookups.saturating_add(1);
             return Ok(*id);
         }
-        if self.by_id.len() > self.limit {
-            return Err(Errno::NFILE);
-        }
+        self.check_room()?;
         let id = self.next;
         self.next += 1;
         self.by_id.insert(id, Node { path, key, kind, lookups: 1 });
         self.by_key.insert(key, id);
         Ok(id)
+    }
+
+    /// Checks that there is room for a new file, before one is made.
+    ///
+    /// # Errors
+    /// ENFILE if the limit is reached.
+    pub fn check_room(&self) -> Result<(), Errno> {
+        if self.by_id.len() > self.limit { Err(Errno::NFILE) } else { Ok(()) }
     }
 
     /// The number of the node with this identity.

@@ -14,7 +14,7 @@ use std::{
     collections::HashMap,
     ffi::CStr,
     fs::File,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
@@ -72,7 +72,6 @@ impl Tree {
 
     /// The directory `/proc/self/fd`.
     pub fn proc_fds(&self) -> BorrowedFd<'_> {
-        use std::os::fd::AsFd;
         self.proc_fds.as_fd()
     }
 
@@ -90,7 +89,7 @@ impl Tree {
     /// EINVAL for a bad name, ENFILE if the guest knows too many files, the system calls'.
     pub fn lookup(&mut self, parent: u64, name: &CStr) -> Result<Entry, Errno> {
         let (path, stat) = self.find(parent, name)?;
-        if stat.stx_nlink > 1
+        if has_links(&stat)
             && let Some(known) = self.nodes.find(&key(&stat))
         {
             // That node may have left this identity behind.
@@ -136,7 +135,7 @@ impl Tree {
     /// The node of `name` in `parent` if it may get another identity when it is renamed.
     pub fn linked_node(&self, parent: u64, name: &CStr) -> Option<u64> {
         let (_, stat) = self.find(parent, name).ok()?;
-        if stat.stx_nlink > 1 && kind(&stat) != FileType::Directory { self.nodes.find(&key(&stat)) } else { None }
+        if has_links(&stat) { self.nodes.find(&key(&stat)) } else { None }
     }
 
     /// How long the guest may believe the attributes of `node` and, if it is a directory, what names are in it.
@@ -221,6 +220,11 @@ impl Tree {
         self.directories.insert(handle, directory);
         result
     }
+}
+
+/// Whether the file has other names (a directory counts those that `..` gives it).
+fn has_links(stat: &Statx) -> bool {
+    stat.stx_nlink > 1 && kind(stat) != FileType::Directory
 }
 
 /// Opens the process's table of descriptors; before the jail, which has no /proc.

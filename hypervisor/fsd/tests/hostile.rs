@@ -224,6 +224,8 @@ fn a_guest_that_remembers_too_many_files_gets_enfile_and_keeps_those_it_has() {
     assert_eq!(refused, libc::ENFILE);
     assert_eq!(client.read(known[0].node, 0, 10).unwrap(), b"0");
     assert_eq!(client.create(ROOT, "new", 0o644), Err(libc::ENFILE));
+    assert_eq!(client.mkdir(ROOT, "new", 0o755), Err(libc::ENFILE));
+    assert!(!stage.shared().join("new").exists(), "a file that the guest cannot have was made");
     // And what it gives back it can have again.
     client.forget(known[5].node, 2);
     assert!(client.lookup(ROOT, "999").is_ok());
