@@ -96,10 +96,12 @@ pub enum MachineError {
     },
 }
 
-/// A machine. The memory and `vm` must live as long as a vCPU may run; the process keeps all of it until its end.
+/// A machine; the process keeps all of it until its end.
 pub struct Machine {
-    vm: VmFd,
-    memory: GuestMemory,
+    /// Closing it would take the devices' notifications and interrupts away.
+    _vm: VmFd,
+    /// vCPUs run in it.
+    _memory: GuestMemory,
     bus: Arc<Bus>,
     gate: Arc<Gate>,
     waiting: Vec<Vcpu>,
@@ -165,7 +167,7 @@ impl Machine {
         }
         let waiting = vcpu::create(kvm, &vm, config.vcpus, entry)?;
         let bus = Arc::new(Bus { ports, devices });
-        Ok(Self { vm, memory, bus, gate: Arc::default(), waiting, running: Vec::new() })
+        Ok(Self { _vm: vm, _memory: memory, bus, gate: Arc::default(), waiting, running: Vec::new() })
     }
 
     /// Ports and devices.
@@ -217,16 +219,6 @@ impl Machine {
             stats.vsock_streams += device.streams;
         }
         stats
-    }
-
-    /// RAM.
-    pub fn memory(&self) -> &GuestMemory {
-        &self.memory
-    }
-
-    /// The machine in KVM.
-    pub fn vm(&self) -> &VmFd {
-        &self.vm
     }
 }
 

@@ -21,10 +21,10 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// A vCPU thread comes by; returns when the gate is open.
-    pub fn pass(&self) {
+    /// A vCPU thread comes by; returns when the gate is open, and says whether it had to wait.
+    pub fn pass(&self) -> bool {
         if !self.closed.load(Ordering::Acquire) {
-            return;
+            return false;
         }
         let mut standing = self.lock();
         *standing += 1;
@@ -33,6 +33,7 @@ impl Gate {
             standing = self.changed.wait(standing).unwrap_or_else(PoisonError::into_inner);
         }
         *standing -= 1;
+        true
     }
 
     /// A vCPU thread ends: it will never run again.
