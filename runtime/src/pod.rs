@@ -17,8 +17,8 @@ use containerd_shim_protos::{
     shim::oci::ProcessDetails,
 };
 use protobuf::{Message, MessageField, MessageFull, well_known_types::any::Any};
-use slog::{Logger, debug, warn};
-use tokio::sync::watch;
+use slog::{Logger, debug, error, warn};
+use tokio::{sync::watch, time::timeout};
 use ttrpc::context::{Context, with_duration};
 
 use crate::{
@@ -40,6 +40,8 @@ use crate::{
 const CALL_LIMIT: Duration = Duration::from_secs(60);
 /// How long Delete waits for output that has not been read, as containerd's own shim does.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// How long the machine's end may take to be understood after the agent's connection broke.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long a killed process may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -228,7 +230,7 @@ impl Pod {
                     let error = TaskError::from_agent(name, &error);
                     if error.code() == ttrpc::Code::UNAVAILABLE {
                         // The connection breaks a moment before the machine's end is understood.
-                        let lost = tokio::time::timeout(Duration::from_secs(2), self.machine.lost()).await;
+                        let lost = timeout(LAST_WORDS, self.machine.lost()).await;
                         return Err(lost.map_or(error, |reason| TaskError::unavailable(reason.as_ref())));
                     }
                     Err(error)
@@ -247,8 +249,16 @@ impl Pod {
                     self.timeline.log(&self.log);
                 }
             }
-            // The machine's end tells all exits; an unknown process was deleted.
-            Err(error) => debug!(self.log, "wait ended"; "process" => name.id(), "error" => %error),
+            // The machine's end tells all exits, and a process that was deleted is nobody's concern. Otherwise the agent has
+            // lost its process or its connection, and nothing in the pod can be relied on any more.
+            Err(error) => {
+                let _ = timeout(LAST_WORDS, self.machine.lost()).await;
+                if self.is_alive(&name) {
+                    let error = TaskError::from_agent("Wait", &error);
+                    error!(self.log, "the agent has lost a process"; "process" => name.id(), "error" => %error);
+                    self.machine.stop().await;
+                }
+            }
         }
     }
 
@@ -498,8 +508,8 @@ impl Pod {
         self.tasks().pid(&Name::new(id, ""))
     }
 
-    /// Whether a container's init process is there and has not ended.
-    pub fn is_alive(&self, name: &Name) -> bool {
+    /// Whether a process is there and has not ended.
+    fn is_alive(&self, name: &Name) -> bool {
         self.tasks().entry(name).is_ok_and(|entry| entry.process.status() != Status::Stopped)
     }
 

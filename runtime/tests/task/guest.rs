@@ -30,7 +30,7 @@ use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::watch,
+    sync::{Notify, watch},
 };
 use ttrpc::{
     Code,
@@ -38,7 +38,6 @@ use ttrpc::{
     error::get_rpc_status,
 };
 
-type Streams = Arc<Mutex<HashMap<u32, UnixStream>>>;
 type Key = (String, String);
 
 #[derive(Clone)]
@@ -51,10 +50,12 @@ struct Process {
 /// The agent, and what it was asked.
 #[derive(Default)]
 pub struct Guest {
-    streams: Streams,
+    streams: Mutex<HashMap<u32, UnixStream>>,
     processes: Mutex<HashMap<Key, Process>>,
     /// Calls in order, as `Verb container/exec`.
     pub calls: Mutex<Vec<String>>,
+    /// Cuts the agent's connections.
+    pub hang_up: Arc<Notify>,
 }
 
 /// Serves `vsock.sock` and the agent in `directory`. The server must be kept.
@@ -65,18 +66,18 @@ pub async fn serve(directory: &Path) -> (Arc<Guest>, Server) {
     let mut server = Server::new().bind(&format!("unix://{}", agent.display())).unwrap().register_service(service);
     server.start().await.unwrap();
     let listener = UnixListener::bind(directory.join("vsock.sock")).unwrap();
-    let streams = Arc::clone(&guest.streams);
+    let accepting = Arc::clone(&guest);
     tokio::spawn(async move {
         let mut next_port = 1000;
         while let Ok((stream, _)) = listener.accept().await {
             next_port += 1;
-            tokio::spawn(accept(stream, next_port, Arc::clone(&streams), agent.clone()));
+            tokio::spawn(accept(stream, next_port, Arc::clone(&accepting), agent.clone()));
         }
     });
     (guest, server)
 }
 
-async fn accept(stream: UnixStream, port: u32, streams: Streams, agent: std::path::PathBuf) {
+async fn accept(stream: UnixStream, port: u32, guest: Arc<Guest>, agent: std::path::PathBuf) {
     // One byte at a time would do as well: the line is all that comes before the answer.
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
@@ -87,11 +88,14 @@ async fn accept(stream: UnixStream, port: u32, streams: Streams, agent: std::pat
         // Known before it is answered for, as in the agent, which waits for the stream.
         let answer = format!("OK {port}\n");
         stream.write_all(answer.as_bytes()).await.unwrap();
-        streams.lock().unwrap().insert(port, stream);
+        guest.streams.lock().unwrap().insert(port, stream);
     } else if wanted == AGENT_PORT {
         let mut agent = UnixStream::connect(agent).await.unwrap();
         stream.write_all(format!("OK {port}\n").as_bytes()).await.unwrap();
-        let _ = tokio::io::copy_bidirectional(&mut stream, &mut agent).await;
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut stream, &mut agent) => {}
+            () = guest.hang_up.notified() => {}
+        }
     }
 }
 

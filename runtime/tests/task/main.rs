@@ -230,6 +230,16 @@ async fn a_lost_machine_ends_everything_and_the_reason_is_told() {
 }
 
 #[tokio::test]
+async fn an_agent_that_hangs_up_takes_its_machine_with_it() {
+    let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    bench.start("one", "").await.unwrap();
+    let (waited, ()) = tokio::join!(bench.wait("one", ""), async { bench.guest.hang_up.notify_waiters() });
+    assert_eq!(waited.unwrap().exit_status, 137);
+    assert_eq!(bench.delete("one", "").await.unwrap().exit_status, 137);
+}
+
+#[tokio::test]
 async fn a_machine_that_never_comes_up_is_creates_error() {
     let bench = Bench::booting().await;
     let request = bench.request("one", &["sleep"]);
