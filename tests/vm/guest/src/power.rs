@@ -9,6 +9,8 @@ pub fn off() -> ! {
     // SAFETY: PID 1 of a machine of its own may touch the machine's ports; this one ends it.
     unsafe {
         libc::sync();
+        // The console's driver sends in its own time; what it still holds would be lost.
+        libc::tcdrain(1);
         assert_eq!(libc::iopl(3), 0, "iopl");
         asm!("out dx, al", in("dx") POWER_PORT, in("al") POWER_OFF);
     }
