@@ -51,8 +51,8 @@ use super::{Context, DeviceError, GuestMemory, Poll, PollToken, QueueError, Virt
 
 /// The size of one device's register page.
 pub const REGISTERS_SIZE: u64 = 4096;
-/// Faults of one device beyond this number are counted, not logged: a guest can produce them without end.
-const MAX_LOGGED_FAULTS: u64 = 8;
+/// Failures of one device beyond this number are counted, not logged: a guest can produce them without end.
+const MAX_LOGGED_FAILURES: u64 = 8;
 
 /// One device on the bus.
 pub struct MmioDevice {
@@ -68,6 +68,7 @@ pub struct MmioDevice {
     notifications: AtomicU64,
     interrupts: AtomicU64,
     guest_faults: AtomicU64,
+    failures: AtomicU64,
     inner: Mutex<Inner>,
 }
 
@@ -120,6 +121,7 @@ impl MmioDevice {
             notifications: AtomicU64::new(0),
             interrupts: AtomicU64::new(0),
             guest_faults: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
             inner: Mutex::new(Inner { registers, device, queues: None, reset_due: false }),
         })
     }
@@ -271,8 +273,8 @@ impl MmioDevice {
     }
 
     fn fail(&self, inner: &mut Inner, poll: &mut dyn Poll, error: &DeviceError) {
-        let faults = self.guest_faults.fetch_add(1, Ordering::Relaxed);
-        if faults < MAX_LOGGED_FAULTS {
+        self.count_fault();
+        if self.failures.fetch_add(1, Ordering::Relaxed) < MAX_LOGGED_FAILURES {
             slog::warn!(self.log, "device stopped until its driver resets it"; "device" => self.name, "error" => %error);
         }
         inner.device.reset(poll);
