@@ -252,8 +252,8 @@ impl Pod {
             // The machine's end tells all exits, and a process that was deleted is nobody's concern. Otherwise the agent has
             // lost its process or its connection, and nothing in the pod can be relied on any more.
             Err(error) => {
-                let _ = timeout(LAST_WORDS, self.machine.lost()).await;
-                if self.is_alive(&name) {
+                let is_lost = timeout(LAST_WORDS, self.machine.lost()).await.is_ok();
+                if !is_lost && self.is_alive(&name) {
                     let error = TaskError::from_agent("Wait", &error);
                     error!(self.log, "the agent has lost a process"; "process" => name.id(), "error" => %error);
                     self.machine.stop().await;
