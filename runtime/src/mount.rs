@@ -5,11 +5,11 @@
 //! The kernel takes one page of data. An overlay of many layers needs more, so its lower directories are
 //! then named relative to the directory that they share, which becomes the working directory for the one call.
 
-use std::{io, path::Path};
+use std::{ffi::CString, io, os::unix::ffi::OsStrExt, path::Path};
 
 use nix::{
     fcntl::{OFlag, open},
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::stat::Mode,
     unistd::{chdir, fchdir},
 };
@@ -200,10 +200,57 @@ impl Mount {
         plan.run(&self.kind, &self.source, target).map_err(|error| self.failed(error.to_string()))
     }
 
+    /// Mounts it at `target` as [`Self::mount_at`] does, but so that nobody ever sees it there without nosuid, nodev and noexec,
+    /// on itself and on all that came with it: flags that are given to a mount later do not reach the copies that
+    /// its propagation has made by then. `staging` is an empty directory on a mount that propagates nowhere.
+    ///
+    /// # Errors
+    /// [`MountError`] names the mount and what the kernel said; then nothing of it stays.
+    pub fn mount_fettered(&self, staging: &Path, target: &Path) -> Result<(), MountError> {
+        let none = None::<&str>;
+        let moved = self.mount_at(staging).and_then(|()| {
+            let moved = fetter(staging).and_then(|()| Ok(mount(Some(staging), target, none, MsFlags::MS_MOVE, none)?));
+            moved.map_err(|error| self.failed(format!("taking its set-id bits, devices and programs away: {error}")))
+        });
+        if moved.is_err() {
+            // EINVAL: it did not come so far.
+            let _ = umount2(staging, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        }
+        moved
+    }
+
     fn failed(&self, reason: String) -> MountError {
         let options = self.options.join(",").chars().take(MAX_SHOWN).collect();
         MountError { kind: self.kind.clone(), from: self.source.clone(), options, reason }
     }
+}
+
+/// Gives nosuid, nodev and noexec to the mount at `path` and to all below it.
+fn fetter(path: &Path) -> io::Result<()> {
+    /// `struct mount_attr`, include/uapi/linux/mount.h.
+    #[repr(C)]
+    struct MountAttr {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        user_namespace: u64,
+    }
+    /// MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC, ibidem.
+    const NOSUID_NODEV_NOEXEC: u64 = 0x2 | 0x4 | 0x8;
+    let attr = MountAttr { set: NOSUID_NODEV_NOEXEC, clear: 0, propagation: 0, user_namespace: 0 };
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the path is a C string and the structure has the length that is given; both outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

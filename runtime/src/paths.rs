@@ -6,6 +6,7 @@
 //!     vsock.sock                       what the monitor listens on for streams to the guest
 //!     shared                           mount point (in the shim's mount namespace only) of the shared directory
 //!     view                             the same directory as caisson-fsd sees it
+//!     staging                          mount point (likewise) where a mount is fettered before anybody sees it
 //!     processes                        who belongs to the pod, for the clean-up after a crash
 //! ```
 //!
@@ -59,6 +60,11 @@ impl PodPaths {
     }
 
     /// See the module's picture.
+    pub fn staging(&self) -> PathBuf {
+        self.pod.join("staging")
+    }
+
+    /// See the module's picture.
     pub fn processes(&self) -> PathBuf {
         self.pod.join("processes")
     }
@@ -90,7 +96,8 @@ impl PodPaths {
             fs::DirBuilder::new().recursive(true).mode(0o711).create(namespace)?;
         }
         private.create(self.shared())?;
-        private.create(self.view())
+        private.create(self.view())?;
+        private.create(self.staging())
     }
 
     /// Removes the pod's directories and the namespace's, if it was the last pod there. What is already gone is fine.
@@ -101,7 +108,7 @@ impl PodPaths {
         for file in [self.vsock(), self.processes()] {
             allow_missing(fs::remove_file(file))?;
         }
-        for directory in [self.shared(), self.view()] {
+        for directory in [self.shared(), self.view(), self.staging()] {
             allow_missing(fs::remove_dir(directory))?;
         }
         allow_missing(fs::remove_dir(&self.pod))?;

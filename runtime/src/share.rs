@@ -7,7 +7,8 @@
 //!     └ <container>/rootfs   overlay, bind, …                           └ <container>/rootfs   (propagated)
 //! ```
 //!
-//! caisson-fsd gets the read-only view, because a guest that could rename what lies at the top could steer the
+//! What is mounted there is nosuid, nodev and noexec: caisson-fsd may make device nodes for a guest, and even if a guest
+//! took it over, it could open none of them. caisson-fsd gets the read-only view, because a guest that could rename what lies at the top could steer the
 //! shim's next mount through a symbolic link out of the directory.
 
 use std::{
@@ -76,6 +77,7 @@ pub fn enter_mount_namespace() -> Result<(), ShareError> {
 pub struct Share {
     shared: PathBuf,
     view: PathBuf,
+    staging: PathBuf,
 }
 
 impl Share {
@@ -86,7 +88,7 @@ impl Share {
     pub fn mount(paths: &PodPaths) -> Result<Self, ShareError> {
         let none = None::<&str>;
         let failed = |step| move |errno: nix::Error| ShareError { step, source: errno.into() };
-        let share = Self { shared: paths.shared(), view: paths.view() };
+        let share = Self { shared: paths.shared(), view: paths.view(), staging: paths.staging() };
         let nothing = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         // Room for mount points and nothing else.
         let data = Some("mode=0700,size=1m,nr_inodes=4096");
@@ -132,10 +134,10 @@ impl Share {
             }
             let source = fallback.to_string_lossy().into_owned();
             let bind = Mount { kind: "bind".into(), source, options: vec!["rbind".into(), "rw".into()] };
-            bind.mount_at(&rootfs.target)?;
+            bind.mount_fettered(&self.staging, &rootfs.target)?;
         }
         for mount in mounts {
-            mount.mount_at(&rootfs.target)?;
+            mount.mount_fettered(&self.staging, &rootfs.target)?;
         }
         Ok(rootfs)
     }
@@ -194,6 +196,30 @@ mod tests {
         assert!(fs::create_dir(share.view.join("planted")).is_err());
         drop(rootfs);
         assert!(!seen.exists() && layer.join("hello").exists());
+    }
+
+    #[test]
+    fn a_rootfs_and_what_came_with_it_has_no_devices_programs_or_set_id_bits_wherever_it_is_seen() {
+        let state = tempfile::tempdir().unwrap();
+        let share = share(state.path());
+        let layer = state.path().join("layer");
+        fs::create_dir_all(layer.join("below")).unwrap();
+        let none = None::<&str>;
+        mount(Some("t"), &layer.join("below"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        let bind = Mount { kind: "bind".into(), source: layer.display().to_string(), options: vec!["rbind".into()] };
+        let rootfs = share.mount_rootfs("five", &[bind], Path::new("/none")).unwrap();
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        for root in [rootfs.target.clone(), share.view.join(Share::rootfs_name("five"))] {
+            for place in [root.join("below"), root] {
+                let line = mounts.lines().find(|line| line.split(' ').nth(4) == place.to_str());
+                let line = line.unwrap_or_else(|| panic!("{} is not mounted:\n{mounts}", place.display()));
+                for flag in ["nosuid", "nodev", "noexec"] {
+                    assert!(line.contains(flag), "{flag} is missing: {line}");
+                }
+            }
+        }
+        let staged = mounts.lines().filter(|line| line.contains("/staging ")).count();
+        assert_eq!(staged, 0, "nothing stays where it was prepared");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use caisson_vmm::{
     monitor::{Monitor, MonitorError},
     output::Output,
 };
+use rustix::process::Resource;
 use slog::Logger;
 
 fn main() {
@@ -20,6 +21,7 @@ fn main() {
         Ok(stderr) => caisson_log::logger("vmm", Output::new(stderr), slog::Level::Info),
         Err(_) => Logger::root(slog::Discard, slog::o!()),
     };
+    raise_descriptor_limit();
     let reason = match run(&log) {
         Ok(reason) => reason,
         Err(error) => {
@@ -30,6 +32,14 @@ fn main() {
     // Without unwinding or destructors: vCPU threads may still be in the guest, and the process takes all with it.
     // SAFETY: _exit is always allowed.
     unsafe { libc::_exit(reason as libc::c_int) }
+}
+
+/// Each stream of the guest takes a descriptor, and the usual soft limit is 1024. Where it cannot be raised, the vsock device
+/// refuses streams sooner.
+fn raise_descriptor_limit() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
 }
 
 fn run(log: &Logger) -> Result<ExitReason, MonitorError> {
