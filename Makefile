@@ -23,6 +23,15 @@ NESTED_CPUS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 IN_HOST = $(NESTED) --direct-if-possible --mem $(NESTED_MEM) --cpus $(NESTED_CPUS) \
 	--env CAISSON_BIN_DIR=$(BIN) --env CAISSON_IMAGE_DIR=$(IMAGE) --env CAISSON_OCI_DIR=$(OCI)
 
+# $(call suite,PACKAGE,SECONDS,NEXTEST OPTIONS): one suite on a host with KVM. Status 125 says that the emulated host itself
+# died (its kernel's stack was once seen corrupted under QEMU's SVM emulation); no test failed, so the suite runs once more.
+define suite
+run() { $(IN_HOST) --timeout $(2) -- tests/run-suites -E 'package($(1))' $(3); }; \
+	status=0; run || status=$$?; \
+	if [[ $$status == 125 ]]; then echo "$(1): the nested host died, starting once more" >&2; status=0; run || status=$$?; fi; \
+	exit $$status
+endef
+
 .PHONY: help
 help: ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -48,7 +57,8 @@ image: build ## Build the guest kernel and the initramfs
 
 .PHONY: test
 test: unit suites ## Prove that it works: unit tests here, VM and containerd tests on a KVM host (nested where needed)
-	@$(IN_HOST) --timeout 1500 -- tests/run-suites -E '$(SUITE_TESTS)'
+	@$(call suite,caisson-vm-tests,900)
+	@$(call suite,caisson-e2e,1500)
 
 .PHONY: lint
 lint: deps ## Check format and lints; warnings are errors
@@ -62,7 +72,8 @@ bench: build image oci host ## Measure in exact virtual time: target/bench/repor
 
 .PHONY: soak
 soak: suites ## The containerd and VM tests in every full size: takes hours where KVM is emulated
-	@CAISSON_FULL=1 $(IN_HOST) --timeout 20000 -- tests/run-suites -E '$(SUITE_TESTS)' --profile soak
+	@export CAISSON_FULL=1; $(call suite,caisson-vm-tests,3600,--profile soak)
+	@export CAISSON_FULL=1; $(call suite,caisson-e2e,20000,--profile soak)
 
 .PHONY: install
 install: build image ## Install below PREFIX (/usr/local), with /etc/caisson/config.toml if there is none
