@@ -155,7 +155,7 @@ impl Pod {
             stdio: MessageField::some(connected.ports.clone()),
             ..CreateRequest::default()
         };
-        self.agent_call(&machine, "Create", machine.agent.create(limited(), &create)).await?;
+        self.agent_call("Create", machine.agent.create(limited(), &create)).await?;
         self.timeline.mark(Stage::ContainerCreated);
         let copies = connected.copy(Some(self.first_output()));
 
@@ -217,11 +217,9 @@ impl Pod {
     /// The answer of the agent or, if the machine ends first, why it did.
     async fn agent_call<T>(
         &self,
-        machine: &Machine,
         name: &'static str,
         call: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, TaskError> {
-        let _ = machine;
         tokio::select! {
             biased;
             answer = call => match answer {
@@ -272,7 +270,7 @@ impl Pod {
             Ok(machine) => {
                 let request = process_request(&name);
                 let call = machine.agent.start(limited(), &request);
-                self.agent_call(&machine, "Start", call).await.map(|_| machine)
+                self.agent_call("Start", call).await.map(|_| machine)
             }
             Err(error) => Err(error),
         };
@@ -337,7 +335,7 @@ impl Pod {
             stdio: MessageField::some(connected.ports.clone()),
             ..ExecRequest::default()
         };
-        self.agent_call(&machine, "Exec", machine.agent.exec(limited(), &exec)).await?;
+        self.agent_call("Exec", machine.agent.exec(limited(), &exec)).await?;
         let mut tasks = self.tasks();
         tasks.prepared(name, machine.pid, connected.copy(None))?;
         let (container_id, exec_id) = (name.container.clone(), name.exec.clone());
@@ -362,7 +360,7 @@ impl Pod {
             all,
             ..KillRequest::default()
         };
-        let killed = self.agent_call(&machine, "Kill", machine.agent.kill(limited(), &request)).await;
+        let killed = self.agent_call("Kill", machine.agent.kill(limited(), &request)).await;
         killed.map(drop).map_err(|error| match error.code() {
             // It ended a moment ago.
             ttrpc::Code::NOT_FOUND | ttrpc::Code::FAILED_PRECONDITION => {
@@ -415,7 +413,7 @@ impl Pod {
             let _ = machine.agent.kill(limited(), &request).await;
             let request = process_request(name);
             let ended = machine.agent.wait(with_duration(KILL_LIMIT), &request);
-            let _ = self.agent_call(&machine, "Wait", ended).await;
+            let _ = self.agent_call("Wait", ended).await;
         }
         let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(DRAIN_LIMIT));
         if let Some(drained) = drained
@@ -425,7 +423,7 @@ impl Pod {
             debug!(self.log, "output left unread"; "process" => name.id());
         }
         let request = process_request(name);
-        match self.agent_call(&machine, "Delete", machine.agent.delete(limited(), &request)).await {
+        match self.agent_call("Delete", machine.agent.delete(limited(), &request)).await {
             Ok(_) => Ok(()),
             // Nothing of it is there: a start that failed, or the machine's end.
             Err(error) if matches!(error.code(), ttrpc::Code::NOT_FOUND | ttrpc::Code::UNAVAILABLE) => Ok(()),
@@ -450,7 +448,7 @@ impl Pod {
             height,
             ..ResizePtyRequest::default()
         };
-        self.agent_call(&machine, "ResizePty", machine.agent.resize_pty(limited(), &request)).await.map(drop)
+        self.agent_call("ResizePty", machine.agent.resize_pty(limited(), &request)).await.map(drop)
     }
 
     /// Task.CloseIO.
@@ -472,7 +470,7 @@ impl Pod {
         self.tasks().container(id)?;
         let machine = self.machine.get()?;
         let request = ContainerRequest { container_id: id.to_owned(), ..ContainerRequest::default() };
-        let response = self.agent_call(&machine, "Pids", machine.agent.pids(limited(), &request)).await?;
+        let response = self.agent_call("Pids", machine.agent.pids(limited(), &request)).await?;
         let info = |process: caisson_protos::agent::ProcessInfo| {
             let mut info = ProcessInfo { pid: process.pid, ..ProcessInfo::default() };
             if is_identifier(&process.exec_id) {
