@@ -97,28 +97,14 @@ impl KV for Marks {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, sync::Arc};
+    use std::io::{Read, Seek};
 
     use super::*;
 
-    #[derive(Clone, Default)]
-    struct Sink(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Sink {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
     #[test]
     fn one_line_with_the_stages_that_were_reached() {
-        let sink = Sink::default();
-        let log = caisson_log::logger("shim", sink.clone(), slog::Level::Info);
+        let mut file = tempfile::tempfile().unwrap();
+        let log = caisson_log::logger("shim", file.try_clone().unwrap(), slog::Level::Info);
         let timeline = Timeline::new(1_000_000);
         timeline.mark_at(Stage::VmStarted, 3_000_000);
         timeline.mark_at(Stage::VmStarted, 9_000_000);
@@ -126,7 +112,9 @@ mod tests {
         timeline.log(&log);
         timeline.mark(Stage::FirstOutput);
         timeline.log(&log);
-        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        let mut text = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut text).unwrap();
         assert_eq!(text.matches("pod timeline").count(), 1);
         assert!(text.contains("vm_started_us=2000") && text.contains("container_created_us=4500"), "{text}");
         assert!(!text.contains("first_output_us"), "{text}");

@@ -1,0 +1,133 @@
+//! Task.Create: the host's part of a container (spec, streams, root file system), which is done while the machine boots, and then
+//! the agent's.
+
+use std::{path::Path, sync::Arc};
+
+use caisson_protos::agent::CreateRequest;
+use containerd_shim_protos::{
+    api::CreateTaskRequest,
+    events::task::{TaskCreate, TaskIO},
+};
+use protobuf::MessageField;
+use slog::warn;
+
+use super::{Pod, limited, lock};
+use crate::{
+    errors::TaskError,
+    flags::is_identifier,
+    mount::Mount,
+    options,
+    share::{Rootfs, Share},
+    spec::BundleSpec,
+    stdio::{Fifos, FirstOutput, Stdio},
+    tasks::Name,
+    timeline::Stage,
+};
+
+impl Pod {
+    /// Task.Create.
+    ///
+    /// # Errors
+    /// Whatever keeps the container from being; then nothing of it stays.
+    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, TaskError> {
+        if !is_identifier(&request.id) {
+            return Err(TaskError::invalid_argument(format!("container id {:?} is no identifier", request.id)));
+        }
+        if !request.checkpoint.is_empty() {
+            return Err(TaskError::unimplemented("Create from a checkpoint"));
+        }
+        if let Some(options) = request.options.as_ref() {
+            options::check(options)?;
+        }
+        let name = Name::new(&request.id, "");
+        let stdio = Stdio::new(&request.stdin, &request.stdout, &request.stderr, request.terminal);
+        self.tasks().add_container(&request.id, &request.bundle, stdio.clone())?;
+        let created = self.create_container(&name, &request, &stdio).await;
+        if let Err(error) = &created {
+            warn!(self.log, "container not created"; "container" => &request.id, "error" => %error);
+            drop(self.tasks().remove(&name));
+        }
+        created
+    }
+
+    async fn create_container(
+        self: &Arc<Self>,
+        name: &Name,
+        request: &CreateTaskRequest,
+        stdio: &Stdio,
+    ) -> Result<u32, TaskError> {
+        // The host's part is done while the machine boots.
+        let spec = self.take_spec(&request.id, &request.bundle)?;
+        let fifos = Fifos::open(stdio).map_err(|error| TaskError::invalid_argument(error.to_string()))?;
+        let rootfs = self.mount_rootfs(request, &spec.rootfs).await?;
+        self.tasks().container(&name.container)?.rootfs = Some(rootfs);
+
+        let machine = self.machine.ready().await?;
+        let connected =
+            fifos.connect(&machine.dialer).await.map_err(|error| TaskError::unavailable(error.to_string()))?;
+        let create = CreateRequest {
+            container_id: request.id.clone(),
+            spec: spec.json,
+            rootfs: Share::rootfs_name(&request.id),
+            stdio: MessageField::some(connected.ports.clone()),
+            ..CreateRequest::default()
+        };
+        self.agent_call("Create", machine.agent.create(limited(), &create)).await?;
+        self.timeline.mark(Stage::ContainerCreated);
+        let copies = connected.copy(Some(self.first_output()));
+
+        let mut tasks = self.tasks();
+        tasks.prepared(name, machine.pid, copies)?;
+        let io = TaskIO {
+            stdin: stdio.stdin.clone(),
+            stdout: stdio.stdout.clone(),
+            stderr: stdio.stderr.clone(),
+            terminal: stdio.terminal,
+            ..TaskIO::default()
+        };
+        tasks.news().publish(&TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: MessageField::some(io),
+            pid: machine.pid,
+            ..TaskCreate::default()
+        });
+        drop(tasks);
+        tokio::spawn(Arc::clone(self).watch_process(name.clone(), Arc::clone(&machine)));
+        Ok(machine.pid)
+    }
+
+    fn take_spec(&self, id: &str, bundle: &str) -> Result<BundleSpec, TaskError> {
+        if let Some((of, spec)) = lock(&self.spec).take()
+            && of == id
+        {
+            return Ok(spec);
+        }
+        BundleSpec::read(Path::new(bundle)).map_err(|error| TaskError::invalid_argument(error.to_string()))
+    }
+
+    async fn mount_rootfs(&self, request: &CreateTaskRequest, fallback: &Path) -> Result<Rootfs, TaskError> {
+        let mounts: Vec<Mount> = (request.rootfs.iter())
+            .map(|mount| Mount {
+                kind: mount.type_.clone(),
+                source: mount.source.clone(),
+                options: mount.options.clone(),
+            })
+            .collect();
+        if let Some(share) = &*lock(&self.share) {
+            let mounted = share.mount_rootfs(&request.id, &mounts, fallback);
+            return mounted.map_err(|error| TaskError::failed_precondition(error.to_string()));
+        }
+        // There is no share because there is no machine; that is the error to tell.
+        Err(self.machine.ready().await.err().unwrap_or_else(|| TaskError::unavailable("the pod has ended")))
+    }
+
+    fn first_output(self: &Arc<Self>) -> FirstOutput {
+        let (timeline, log) = (Arc::clone(&self.timeline), self.log.clone());
+        Arc::new(move || {
+            timeline.mark(Stage::FirstOutput);
+            timeline.log(&log);
+        })
+    }
+}

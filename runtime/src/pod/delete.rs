@@ -1,0 +1,84 @@
+//! Task.Delete: a process that has ended, or a container that was never started, goes out of the guest and out of the book.
+
+use std::time::{Duration, SystemTime};
+
+use caisson_protos::agent::KillRequest;
+use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
+use slog::debug;
+use ttrpc::context::with_duration;
+
+use super::{Pod, limited, process_request};
+use crate::{
+    errors::TaskError,
+    events::timestamp,
+    lifecycle::{Exit, KILLED},
+    tasks::Name,
+};
+
+/// How long Delete waits for output that has not been read, as containerd's own shim does.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// How long a killed process may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+impl Pod {
+    /// Task.Delete.
+    ///
+    /// # Errors
+    /// NOT_FOUND, or FAILED_PRECONDITION while it runs.
+    pub async fn delete(&self, name: &Name) -> Result<DeleteResponse, TaskError> {
+        let (unstarted, pid) = {
+            let mut tasks = self.tasks();
+            let entry = tasks.entry(name)?;
+            (entry.process.begin_delete()?, tasks.pid(name))
+        };
+        if let Err(error) = self.delete_in_guest(name, unstarted).await {
+            if let Ok(entry) = self.tasks().entry(name) {
+                entry.process.delete_failed(SystemTime::now());
+            }
+            return Err(error);
+        }
+        let mut tasks = self.tasks();
+        let exit = tasks.entry(name)?.process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
+        // Unmounts the root before anybody hears of it.
+        let removed = tasks.remove(name);
+        drop(removed);
+        if name.exec.is_empty() {
+            tasks.news().publish(&TaskDelete {
+                container_id: name.container.clone(),
+                id: name.container.clone(),
+                pid,
+                exit_status: exit.status,
+                exited_at: timestamp(exit.at),
+                ..TaskDelete::default()
+            });
+        }
+        let exited_at = timestamp(exit.at);
+        Ok(DeleteResponse { pid, exit_status: exit.status, exited_at, ..DeleteResponse::default() })
+    }
+
+    async fn delete_in_guest(&self, name: &Name, unstarted: bool) -> Result<(), TaskError> {
+        let Ok(machine) = self.machine.get() else { return Ok(()) };
+        if unstarted && name.exec.is_empty() {
+            let request =
+                KillRequest { container_id: name.container.clone(), signal: 9, all: true, ..KillRequest::default() };
+            let _ = machine.agent.kill(limited(), &request).await;
+            let request = process_request(name);
+            let ended = machine.agent.wait(with_duration(KILL_LIMIT), &request);
+            let _ = self.agent_call("Wait", ended).await;
+        }
+        let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(DRAIN_LIMIT));
+        if let Some(drained) = drained
+            && !unstarted
+            && !drained.await
+        {
+            debug!(self.log, "output left unread"; "process" => name.id());
+        }
+        let request = process_request(name);
+        match self.agent_call("Delete", machine.agent.delete(limited(), &request)).await {
+            Ok(_) => Ok(()),
+            // Nothing of it is there: a start that failed, or the machine's end.
+            Err(error) if matches!(error.code(), ttrpc::Code::NOT_FOUND | ttrpc::Code::UNAVAILABLE) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
