@@ -16,6 +16,7 @@ mod figures;
 mod measure;
 mod memory;
 mod picture;
+mod work;
 
 use std::{
     fs,

@@ -60,6 +60,7 @@ pub fn all(runs: u32, only_runc: bool) -> Result<Report> {
         idle(&mut report, &host, runs)?;
         sizes(&mut report)?;
     }
+    crate::work::all(&mut report, &mut host, runtimes, runs)?;
     host.finish();
     Ok(report)
 }

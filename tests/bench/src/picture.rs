@@ -1,8 +1,9 @@
-//! The report as a picture: three rows of bars, drawn as SVG.
+//! The report as a picture: rows of bars, drawn as SVG.
 //!
 //! ```text
 //! ctr run --rm of echo     caisson ▇▇▇▇▇▇▇▇▇▇▇
 //!                          runc    ▇▇▇▇▇▇▇▇▇
+//! exec, kill, 50 pods     (the same pair for each)
 //! where a cold start goes  ▇▇ shim ▇ vmm ▇▇▇▇▇ kernel ▇ agent ▇▇ container
 //! memory of an idle pod    shim ▇▇  vmm ▇  fsd ▇
 //! ```
@@ -23,6 +24,15 @@ pub fn draw(report: &Report) -> String {
     picture.bars(report, &[("caisson", "ctr_run_caisson_ms"), ("runc", "ctr_run_runc_ms")]);
     if let Some(ratio) = report.median("ctr_run_ratio_cold") {
         picture.note(&format!("caisson / runc = {ratio:.2}"));
+    }
+    for (title, name) in [
+        ("ctr task exec of true (ms)", "ctr_exec"),
+        ("from ctr task kill to the exit event (ms)", "kill_to_exit_event"),
+        ("50 pods, 8 at a time (ms)", "pods_50_by_8"),
+    ] {
+        let [caisson, runc] = ["caisson", "runc"].map(|runtime| format!("{name}_{runtime}_ms"));
+        picture.heading(title);
+        picture.bars(report, &[("caisson", &caisson), ("runc", &runc)]);
     }
     picture.heading("where a cold start goes (ms)");
     let stages: Vec<(&str, &str)> = report
