@@ -17,21 +17,6 @@ SUITE_TESTS := package(caisson-vm-tests) | package(caisson-e2e)
 PROGRAMS := caisson-vmm caisson-fsd containerd-shim-caisson-v2 caisson caisson-agent
 NESTED := $(BIN)/nested-host
 
-# The nested test host: half of this machine's memory (at most 8 GiB), its processors (at most 4).
-NESTED_MEM ?= $(shell awk '/^MemTotal/ { m = int($$2 / 2048); print (m > 8192 ? 8192 : m) }' /proc/meminfo)
-NESTED_CPUS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
-IN_HOST = $(NESTED) --direct-if-possible --mem $(NESTED_MEM) --cpus $(NESTED_CPUS) \
-	--env CAISSON_BIN_DIR=$(BIN) --env CAISSON_IMAGE_DIR=$(IMAGE) --env CAISSON_OCI_DIR=$(OCI)
-
-# $(call suite,PACKAGE,SECONDS,NEXTEST OPTIONS): one suite on a host with KVM. Status 125 says that the emulated host itself
-# died (its kernel's stack was once seen corrupted under QEMU's SVM emulation); no test failed, so the suite runs once more.
-define suite
-run() { $(IN_HOST) --timeout $(2) -- tests/run-suites -E 'package($(1))' $(3); }; \
-	status=0; run || status=$$?; \
-	if [[ $$status == 125 ]]; then echo "$(1): the nested host died, starting once more" >&2; status=0; run || status=$$?; fi; \
-	exit $$status
-endef
-
 .PHONY: help
 help: ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -39,7 +24,8 @@ help: ## List the targets
 
 .PHONY: demo
 demo: build image oci host ## Show real images running in microVMs on a private containerd
-	@$(IN_HOST) --timeout 900 -- tests/demo/run
+	@$(NESTED) --direct-if-possible --mem 4096 --cpus 1 --timeout 900 --env CAISSON_BIN_DIR=$(BIN) --env CAISSON_IMAGE_DIR=$(IMAGE) \
+		--env CAISSON_OCI_DIR=$(OCI) -- tests/demo/run
 
 .PHONY: build
 build: deps ## Build the programs: static, optimised
@@ -57,8 +43,8 @@ image: build ## Build the guest kernel and the initramfs
 
 .PHONY: test
 test: unit suites ## Prove that it works: unit tests here, VM and containerd tests on a KVM host (nested where needed)
-	@$(call suite,caisson-vm-tests,900)
-	@$(call suite,caisson-e2e,1500)
+	@tests/suite caisson-vm-tests 900
+	@tests/suite caisson-e2e 1800
 
 .PHONY: lint
 lint: deps ## Check format and lints; warnings are errors
@@ -72,8 +58,8 @@ bench: build image oci host ## Measure in exact virtual time: target/bench/repor
 
 .PHONY: soak
 soak: suites ## The containerd and VM tests in every full size: takes hours where KVM is emulated
-	@export CAISSON_FULL=1; $(call suite,caisson-vm-tests,3600,--profile soak)
-	@export CAISSON_FULL=1; $(call suite,caisson-e2e,20000,--profile soak)
+	@CAISSON_FULL=1 tests/suite caisson-vm-tests 3600 --profile soak
+	@CAISSON_FULL=1 tests/suite caisson-e2e 20000 --profile soak
 
 .PHONY: install
 install: build image ## Install below PREFIX (/usr/local), with /etc/caisson/config.toml if there is none

@@ -87,8 +87,9 @@ struct Args {
     #[arg(long, value_name = "MiB", default_value_t = 4096)]
     mem: u32,
 
-    /// Processors of the nested host (one with --exact)
-    #[arg(long, default_value_t = 2)]
+    /// Processors of the nested host (one with --exact). With more than one QEMU's emulation of SVM is not reliable: the
+    /// host was seen to stop, or to find its memory changed
+    #[arg(long, default_value_t = 1)]
     cpus: u32,
 
     /// Seconds of this machine's time that the command may take
