@@ -1,6 +1,10 @@
-//! The test program inside the container: it does to files what real programs do and says what went wrong.
+//! The test program inside the container: it does to files what real programs do and says what went wrong, and it
+//! reports what it sees of the container.
 //!
 //! ```text
+//! probe report [WORD...]              JSON (see the library); words: look=PATH write=PATH node=KIND:MAJOR:MINOR call=NUMBER:ARGUMENT...
+//! probe call NUMBER:ARGUMENT...       one system call (started by `report`)
+//! probe hook FILE NAME                stands in for a hook's program
 //! probe files DIRECTORY COUNT MIB     every check on files; prints `ok NAME` for each, fails at the first that fails
 //! probe lines COUNT                   COUNT numbered lines to standard output and error, taking turns
 //! probe as UID DIRECTORY              what a user may and may not do (started by `files`)
@@ -9,6 +13,8 @@
 //! It is static (musl), so it runs on any image.
 
 mod files;
+mod hook;
+mod see;
 mod space;
 mod users;
 
@@ -31,9 +37,17 @@ fn main() -> Result<()> {
             files::many(directory, number(count)?)?;
             users::check(directory)
         }
+        ["report", ref words @ ..] => {
+            println!("{}", serde_json::to_string(&see::report(words)?)?);
+            Ok(())
+        }
+        ["call", call] => see::call(call),
+        ["hook", file, name] => hook::note(Path::new(file), name),
         ["lines", count] => lines(number(count)?),
         ["as", uid, directory] => users::as_user(number(uid)? as u32, Path::new(directory)),
-        _ => bail!("usage: probe files DIRECTORY COUNT MIB | lines COUNT | as UID DIRECTORY"),
+        _ => bail!(
+            "usage: probe files DIRECTORY COUNT MIB | lines COUNT | as UID DIRECTORY | report [WORD...] | hook FILE NAME"
+        ),
     }
 }
 
