@@ -42,7 +42,7 @@ struct Arguments {
     nested_host: PathBuf,
 
     /// Seconds of this machine's time that the measurement may take
-    #[arg(long, default_value_t = 1500)]
+    #[arg(long, default_value_t = 3600)]
     timeout: u32,
 
     /// Where report.json and report.svg go
