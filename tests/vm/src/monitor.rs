@@ -174,10 +174,35 @@ impl Monitor {
     }
 }
 
+impl Monitor {
+    /// The counters of a machine that may be dead; None if there is no answer soon.
+    fn last_stats(&mut self) -> Option<MachineStats> {
+        let command = encode(&Command { id: self.next_id, request: Request::Stats }).ok()?;
+        let control = self.control.as_ref()?;
+        packet::send(control, &command, &[]).ok()?;
+        let soon = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+        let mut buffer = vec![0; MAX_PACKET];
+        while poll(&mut [PollFd::new(control, PollFlags::IN)], Some(&soon)) == Ok(1) {
+            let (len, _) = packet::receive(control, &mut buffer).ok()?;
+            match decode(buffer.get(..len)?).ok()? {
+                Event::Answer { result: Ok(Reply::Stats(stats)), .. } => return Some(stats),
+                Event::Exited(notice) => eprintln!("the machine has ended: {notice:?}"),
+                Event::Answer { .. } => {}
+            }
+        }
+        None
+    }
+}
+
 impl Drop for Monitor {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("caisson-vmm's log:\n{}", self.log());
+            // Twice: whether they still move tells a slow machine from one that stands.
+            for _ in 0..2 {
+                eprintln!("the machine's counters: {:?}", self.last_stats());
+                std::thread::sleep(std::time::Duration::from_secs(1));
+            }
         }
     }
 }
