@@ -17,6 +17,7 @@
 //! | [`streams`], [`stdio`] | standard streams: which one belongs to whom (pure), and the copying |
 //! | [`spec`], [`plan`] | the OCI specification, checked and made into a plan (pure) |
 //! | [`launch`], [`handshake`], [`stage`] | from a plan to a running program |
+//! | [`seccomp`] | system call filters, compiled for the kernel (pure) |
 //! | [`cgroup`] | cgroup v2 |
 //!
 //! Everything runs on one thread: state changes between two awaits are atomic, and nothing may block it. What can
@@ -31,6 +32,7 @@ pub mod lifecycle;
 pub mod plan;
 pub mod power;
 pub mod reaper;
+pub mod seccomp;
 pub mod service;
 pub mod spec;
 pub mod stage;

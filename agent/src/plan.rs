@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use oci_spec::runtime::PosixRlimitType;
 use serde::{Deserialize, Serialize};
 
+use crate::seccomp::Filter;
+
 /// The work of one stage.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Plan {
@@ -135,6 +137,8 @@ pub struct ProcessPlan {
     pub oom_score_adj: i32,
     /// A pseudo-terminal of this size instead of three descriptors.
     pub terminal: Option<TerminalSize>,
+    /// The filter of its system calls. The container's, also for an exec.
+    pub seccomp: Option<Filter>,
 }
 
 /// Who a process runs as.

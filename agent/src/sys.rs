@@ -79,6 +79,19 @@ pub fn close_all_on_exec() -> io::Result<()> {
     checked(result)
 }
 
+/// Makes the calling process's system calls go through `filter` from now on, after exec too. `flags` are
+/// SECCOMP_FILTER_FLAG_*.
+///
+/// # Errors
+/// What seccomp(2) says: EACCES without no_new_privs and CAP_SYS_ADMIN.
+pub fn filter_system_calls(filter: &mut [libc::sock_filter], flags: u32) -> io::Result<()> {
+    let len = u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog { len, filter: filter.as_mut_ptr() };
+    // SAFETY: the kernel reads `len` instructions behind the pointer, and copies them.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    checked(result)
+}
+
 /// `struct sigaction` of the kernel on x86-64 (arch/x86/include/uapi/asm/signal.h), not the C library's.
 #[repr(C)]
 struct SignalAction {

@@ -60,6 +60,7 @@ impl Containers {
                 rlimits: process.rlimits.clone(),
                 oom_score_adj: process.oom_score_adj,
             },
+            seccomp: process.seccomp.clone(),
         });
         {
             let mut map = lock(&self.map);

@@ -36,7 +36,8 @@ impl Containers {
         let container = self.container(&id)?;
         container.init.running().map_err(|error| Error::State { who: id.clone(), error })?;
         let stdio = request.stdio.unwrap_or_default();
-        let (plan, notes) = spec::process::exec(&request.process, stdio.terminal, &container.inherited)?;
+        let (mut plan, notes) = spec::process::exec(&request.process, stdio.terminal, &container.inherited)?;
+        plan.seccomp.clone_from(&container.seccomp);
         self.note(&id, &notes);
         let taken = || Error::Exists(exec.clone());
         if lock(&container.execs).contains_key(&exec) {

@@ -30,6 +30,7 @@ use crate::{
     cgroup::{Cgroup, Cgroups},
     launch::Launcher,
     lifecycle::{Exit, StateError},
+    seccomp::Filter,
     spec::process::Inherited,
     stdio::HostStreams,
     streams::Streams,
@@ -60,6 +61,7 @@ struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     cgroup: Mutex<Option<Cgroup>>,
     inherited: Inherited,
+    seccomp: Option<Filter>,
 }
 
 impl Container {

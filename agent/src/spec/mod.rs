@@ -8,13 +8,15 @@
 //! - [`process`]: the `process` object, which Exec sends alone;
 //! - [`mounts`]: mount options;
 //! - [`devices`]: `linux.devices` and the nodes that every container has;
-//! - [`resources`]: `linux.resources` as cgroup v2 files.
+//! - [`resources`]: `linux.resources` as cgroup v2 files;
+//! - `seccomp`: `linux.seccomp` as a filter.
 
 pub mod devices;
 mod document;
 pub mod mounts;
 pub mod process;
 pub mod resources;
+mod seccomp;
 
 use std::path::{Component, Path, PathBuf};
 
@@ -74,7 +76,8 @@ pub fn container(json: &[u8], terminal: bool) -> Result<Accepted> {
     check_namespaces(linux.namespaces().as_deref().unwrap_or_default(), &mut notes)?;
 
     let process = spec.process.as_ref().ok_or_else(|| SpecError::new("process", "missing"))?;
-    let process = process::plan("process", process, terminal, &process::Inherited::default(), &mut notes)?;
+    let mut process = process::plan("process", process, terminal, &process::Inherited::default(), &mut notes)?;
+    process.seccomp = linux.seccomp().as_ref().map(|profile| seccomp::plan(profile, &mut notes)).transpose()?;
     let mounts = mounts::plan(spec.mounts.as_deref().unwrap_or_default())?;
     let devices = devices::plan(linux.devices().as_deref().unwrap_or_default())?;
     let limits = match linux.resources() {
@@ -118,7 +121,6 @@ fn check_linux(linux: &Linux, notes: &mut Vec<String>) -> Result<()> {
     refuse("linux.gidMappings", some(linux.gid_mappings()))?;
     refuse("linux.netDevices", linux.net_devices().as_ref().filter(|map| !map.is_empty()))?;
     refuse("linux.timeOffsets", linux.time_offsets().as_ref().filter(|map| !map.is_empty()))?;
-    refuse("linux.seccomp", linux.seccomp().as_ref())?;
     refuse("linux.intelRdt", linux.intel_rdt().as_ref())?;
     refuse("linux.memoryPolicy", linux.memory_policy().as_ref())?;
     refuse("linux.personality", linux.personality().as_ref())?;

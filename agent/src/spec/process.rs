@@ -105,6 +105,7 @@ pub(super) fn plan(
         no_new_privileges: process.no_new_privileges.unwrap_or(false),
         oom_score_adj,
         terminal: terminal.then_some(size),
+        seccomp: None,
     })
 }
 

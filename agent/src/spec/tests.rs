@@ -68,7 +68,7 @@ fn each_field_that_cannot_be_honoured_is_refused_by_its_name() {
         ("/mounts", mount(json!({"destination": "x"})), "mounts[0] (x).destination"),
         ("/mounts", mount(json!({"destination": "/"})), "mounts[0] (/).destination"),
         ("/linux/uidMappings", mapping, "linux.uidMappings"),
-        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"}), "linux.seccomp"),
+        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "linux.seccomp.defaultAction"),
         ("/linux/rootfsPropagation", json!("rshared"), "linux.rootfsPropagation"),
         ("/linux/maskedPaths", json!(["proc"]), "linux.maskedPaths"),
         ("/linux/sysctl", json!({"kernel.core_pattern": "|/x"}), "linux.sysctl[\"kernel.core_pattern\"]"),

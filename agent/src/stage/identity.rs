@@ -13,7 +13,7 @@ use rustix::{
     },
 };
 
-use super::inroot::Root;
+use super::{inroot::Root, seccomp};
 use crate::plan::{CapabilityPlan, Failure, FailureKind, ProcessPlan, Trying};
 
 /// Gives up everything that the plan does not grant. The stage has one thread, so the thread's identity is the
@@ -33,6 +33,10 @@ pub(super) fn assume(process: &ProcessPlan, root: &Root) -> Result<(), Failure> 
         return Err(invalid(format!("process.cwd: enter {}: {error}", process.cwd.display())));
     }
 
+    // Without no_new_privs only someone with CAP_SYS_ADMIN may do it; the profile must then allow what is done below.
+    if !process.no_new_privileges {
+        seccomp::install(process)?;
+    }
     drop_bounding_set(process.capabilities.bounding)?;
     set_keep_capabilities(true).trying(|| "keep capabilities".into())?;
     let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();

@@ -14,6 +14,7 @@
 //!  terminal or pipes               (stdio.rs)       the same
 //!  read-only and masked paths      (rootfs.rs)
 //!  limits, groups, user, capabilities (identity.rs) the same
+//!  system call filter (seccomp.rs): before capabilities go, or at the very end with no_new_privs
 //!  say Ready, wait for go                           the same
 //!  enter the program               (program.rs)     the same
 //! ```
@@ -30,6 +31,7 @@ pub mod inroot;
 mod mounts;
 mod program;
 mod rootfs;
+mod seccomp;
 mod stdio;
 
 use std::{
@@ -110,13 +112,14 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
         }
     };
     let env = program::environment(process, &root);
+    // Before a profile that may not allow it is in force.
+    sys::default_signals();
+    sys::close_all_on_exec().trying(|| "close the agent's descriptors".into())?;
     identity::assume(process, &root)?;
     drop(root);
     agent.send(&Reply::Ready, terminal.as_ref().map(AsFd::as_fd)).trying(|| "tell the agent".into())?;
     drop(terminal);
     agent.receive_go().trying(|| "wait for the agent".into())?;
-    sys::default_signals();
-    sys::close_all_on_exec().trying(|| "close the agent's descriptors".into())?;
     program::exec(process, &env)
 }
 

@@ -11,7 +11,7 @@ use std::{
 use nix::{errno::Errno, unistd::execve};
 use rustix::fs::{FileType, OFlags, fstat};
 
-use super::inroot::Root;
+use super::{inroot::Root, seccomp};
 use crate::plan::{Failure, FailureKind, ProcessPlan};
 
 /// As much of /etc/passwd as is read; the image could make it endless.
@@ -76,6 +76,10 @@ pub(super) fn exec(process: &ProcessPlan, env: &[CString]) -> Result<Infallible,
         Failure::new(kind, format!("exec: {name:?}: {}", errno.desc().to_lowercase()))
     };
     let program = CString::new(program.as_os_str().as_bytes()).map_err(|_| failed(Errno::EINVAL))?;
+    // As late as can be: the profile need allow nothing but the program's entry.
+    if process.no_new_privileges {
+        seccomp::install(process)?;
+    }
     execve(&program, &args, env).map_err(failed)
 }
 

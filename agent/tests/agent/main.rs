@@ -6,6 +6,7 @@
 mod hostile;
 mod lifecycle;
 mod process;
+mod seccomp;
 mod streams;
 mod support;
 mod view;
