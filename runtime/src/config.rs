@@ -15,6 +15,10 @@ pub const DEFAULT_PATH: &str = "/etc/caisson/config.toml";
 pub const PATH_VARIABLE: &str = "CAISSON_CONFIG";
 /// Largest file that is read, bytes.
 const MAX_SIZE: u64 = 64 * 1024;
+/// The most memory that caisson-vmm gives a machine, MiB.
+const MAX_MEMORY_MIB: u32 = 1 << 20;
+/// The least with which a guest boots, MiB.
+const MIN_MEMORY_MIB: u32 = 32;
 
 /// The configuration with its defaults filled in.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -24,10 +28,22 @@ pub struct Config {
     pub kernel: PathBuf,
     /// The initramfs with the agent.
     pub initramfs: PathBuf,
-    /// vCPUs of a pod, 1 to 32.
+    /// vCPUs of a pod whose container has no limit of processors, 1 to 32.
     pub vcpus: u8,
-    /// Guest memory, MiB, 32 to 1 TiB.
+    /// Guest memory of a pod whose container has no limit of memory, MiB, 32 to 1 TiB.
     pub memory_mib: u32,
+    /// The most vCPUs that a limit gives a pod, 1 to 32.
+    pub max_vcpus: u8,
+    /// The least guest memory that a limit gives a pod, MiB.
+    pub min_memory_mib: u32,
+    /// The most guest memory that a limit gives a pod, MiB.
+    pub max_memory_mib: u32,
+    /// What the guest's kernel and agent take: added to a container's memory limit, MiB.
+    pub guest_overhead_mib: u32,
+    /// What caisson-vmm and caisson-fsd may take of the host beside the guest's memory: added to a limit, MiB.
+    pub pod_overhead_memory_mib: u32,
+    /// The same of processors, thousandths of one.
+    pub pod_overhead_cpu_millis: u32,
     /// Send the guest's console to containerd's log.
     pub debug_console: bool,
     /// trace, debug, info, warning or error. containerd's own `-debug` makes it at least debug.
@@ -49,6 +65,12 @@ impl Default for Config {
             initramfs: "/usr/local/share/caisson/initramfs".into(),
             vcpus: 1,
             memory_mib: 256,
+            max_vcpus: 32,
+            min_memory_mib: 128,
+            max_memory_mib: MAX_MEMORY_MIB,
+            guest_overhead_mib: 64,
+            pod_overhead_memory_mib: 128,
+            pod_overhead_cpu_millis: 250,
             debug_console: false,
             log_level: "info".into(),
             state_dir: "/run/caisson".into(),
@@ -136,11 +158,33 @@ impl Config {
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
         let range = |key, value: String, range| ConfigError::Range { path: path.to_owned(), key, value, range };
-        if !(1..=32).contains(&self.vcpus) {
-            return Err(range("vcpus", self.vcpus.to_string(), "1 to 32"));
+        for (key, value) in [("vcpus", self.vcpus), ("max_vcpus", self.max_vcpus)] {
+            if !(1..=32).contains(&value) {
+                return Err(range(key, value.to_string(), "1 to 32"));
+            }
         }
-        if !(32..=1 << 20).contains(&self.memory_mib) {
-            return Err(range("memory_mib", self.memory_mib.to_string(), "32 to 1048576"));
+        for (key, value) in [
+            ("memory_mib", self.memory_mib),
+            ("min_memory_mib", self.min_memory_mib),
+            ("max_memory_mib", self.max_memory_mib),
+        ] {
+            if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&value) {
+                return Err(range(key, value.to_string(), "32 to 1048576"));
+            }
+        }
+        if self.min_memory_mib > self.max_memory_mib {
+            return Err(range("min_memory_mib", self.min_memory_mib.to_string(), "at most max_memory_mib"));
+        }
+        for (key, value) in
+            [("guest_overhead_mib", self.guest_overhead_mib), ("pod_overhead_memory_mib", self.pod_overhead_memory_mib)]
+        {
+            if value > MAX_MEMORY_MIB {
+                return Err(range(key, value.to_string(), "0 to 1048576"));
+            }
+        }
+        if self.pod_overhead_cpu_millis > 1_000_000 {
+            let value = self.pod_overhead_cpu_millis.to_string();
+            return Err(range("pod_overhead_cpu_millis", value, "0 to 1000000"));
         }
         if !(1..=3600).contains(&self.boot_timeout_s) {
             return Err(range("boot_timeout_s", self.boot_timeout_s.to_string(), "1 to 3600"));
@@ -203,7 +247,9 @@ mod tests {
     fn an_empty_file_is_the_defaults_and_every_key_can_be_set() {
         assert_eq!(parse("").unwrap(), Config::default());
         let text = "kernel = '/k'\ninitramfs = '/i'\nvcpus = 2\nmemory_mib = 512\ndebug_console = true\n\
-            log_level = 'debug'\nstate_dir = '/s'\nmonitor = '/m'\nfile_server = '/f'\nboot_timeout_s = 5\n";
+            log_level = 'debug'\nstate_dir = '/s'\nmonitor = '/m'\nfile_server = '/f'\nboot_timeout_s = 5\n\
+            max_vcpus = 4\nmin_memory_mib = 64\nmax_memory_mib = 1024\nguest_overhead_mib = 32\n\
+            pod_overhead_memory_mib = 16\npod_overhead_cpu_millis = 100\n";
         let config = parse(text).unwrap();
         assert_eq!((config.vcpus, config.memory_mib, config.debug_console), (2, 512, true));
         assert_eq!((config.monitor(), config.file_server()), ("/m".into(), "/f".into()));
@@ -223,6 +269,11 @@ mod tests {
             ("vcpus = 0", "vcpus is 0"),
             ("vcpus = 33", "vcpus is 33"),
             ("memory_mib = 16", "memory_mib is 16"),
+            ("max_vcpus = 0", "max_vcpus is 0"),
+            ("min_memory_mib = 300\nmax_memory_mib = 200", "min_memory_mib is 300"),
+            ("max_memory_mib = 2000000", "max_memory_mib is 2000000"),
+            ("guest_overhead_mib = 2000000", "guest_overhead_mib is 2000000"),
+            ("pod_overhead_cpu_millis = 2000000", "pod_overhead_cpu_millis is 2000000"),
             ("kernel = 'vmlinux'", "kernel is vmlinux"),
             ("log_level = 'loud'", "log_level is \"loud\""),
             ("vcpus = 'two'", "line 1"),

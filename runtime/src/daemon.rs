@@ -27,16 +27,17 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
+    binds,
     config::Config,
     events::{Destination, Publisher},
     flags::Flags,
-    launch::launch,
+    launch::{self, LaunchError, launch},
     machine::{self, Launched},
     paths::{PodPaths, allow_missing},
-    pod::Pod,
+    pod::{Pod, Provision},
     processes::raise_own_oom_score,
     service,
-    share::{Share, enter_mount_namespace},
+    share::enter_mount_namespace,
     spec::BundleSpec,
     start::{BEGAN, LISTENER_FD, TTRPC_ADDRESS},
     timeline::{Stage, Timeline, now_ns},
@@ -83,8 +84,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 struct Prepared {
     paths: PodPaths,
     boot_limit: Duration,
-    spec: Option<BundleSpec>,
-    share: Option<Share>,
+    provision: Provision,
     launched: Result<Launched, String>,
 }
 
@@ -92,22 +92,37 @@ impl Prepared {
     fn new(flags: &Flags, config: Result<Config, String>, bundle: &Path, log: &File) -> Self {
         let state_dir = config.as_ref().map_or_else(|_| Config::default().state_dir, |config| config.state_dir.clone());
         let paths = PodPaths::new(&state_dir, &flags.namespace, &flags.id);
-        let mut prepared =
-            Self { paths, boot_limit: Duration::from_secs(30), spec: None, share: None, launched: Err(String::new()) };
-        prepared.launched = config.and_then(|config| prepared.launch(&config, bundle, log));
+        let (boot_limit, provision) = (Duration::from_secs(30), Provision::default());
+        let mut prepared = Self { paths, boot_limit, provision, launched: Err(String::new()) };
+        prepared.launched = config.and_then(|config| prepared.launch(&config, flags, bundle, log));
         prepared
     }
 
-    fn launch(&mut self, config: &Config, bundle: &Path, log: &File) -> Result<Launched, String> {
+    fn launch(&mut self, config: &Config, flags: &Flags, bundle: &Path, log: &File) -> Result<Launched, String> {
         self.boot_limit = Duration::from_secs(config.boot_timeout_s.into());
-        let spec = BundleSpec::read(bundle).map_err(|error| error.to_string())?;
-        let oom_score_adj = spec.oom_score_adj;
-        self.spec = Some(spec);
-        enter_mount_namespace().map_err(|error| error.to_string())?;
-        let launched = launch(config, &self.paths, oom_score_adj, log.as_fd());
-        let (launched, share) = launched.map_err(|error| error.to_string())?;
-        self.share = Some(share);
-        Ok(launched)
+        // What the specification asks for and cannot be is refused before anything starts.
+        let spec = BundleSpec::read(bundle).and_then(|spec| spec.check_first().map(|()| spec));
+        let spec = self.accept(spec)?;
+        self.accept(binds::check(&spec.binds))?;
+        self.provision.host = Some(enter_mount_namespace().map_err(|error| error.to_string())?);
+        let pod = launch::Pod { namespace: &flags.namespace, id: &flags.id, spec: &spec };
+        let launched = match launch(config, &self.paths, pod, log.as_fd()) {
+            Err(LaunchError::Cgroup(error)) if error.is_refusal() => self.accept(Err(error))?,
+            launched => launched.map_err(|error| error.to_string())?,
+        };
+        self.provision.spec = Some((flags.id.clone(), spec));
+        self.provision.share = Some(launched.share);
+        self.provision.allotment = Some(launched.allotment);
+        Ok(launched.machine)
+    }
+
+    /// Keeps what is wrong with the specification as the answer to Create.
+    fn accept<T>(&mut self, checked: Result<T, impl ToString>) -> Result<T, String> {
+        checked.map_err(|error| {
+            let message = error.to_string();
+            self.provision.refused = Some(message.clone());
+            message
+        })
     }
 }
 
@@ -118,7 +133,7 @@ async fn serve(
     timeline: Arc<Timeline>,
     log: Logger,
 ) -> anyhow::Result<()> {
-    let Prepared { paths, boot_limit, spec, share, launched } = prepared;
+    let Prepared { paths, boot_limit, provision, launched } = prepared;
     listener.set_nonblocking(true).context("the listening socket")?;
     let listener = tokio::net::UnixListener::from_std(listener).context("the listening socket")?;
     let mut terminate = signal(SignalKind::terminate()).context("signals")?;
@@ -127,8 +142,7 @@ async fn serve(
     let (handle, owner) = machine::machine();
     tokio::spawn(machine::supervise(launched, owner, boot_limit, Arc::clone(&timeline), log.clone()));
     let events = Publisher::start(destination(flags), &flags.namespace, log.clone());
-    let spec = spec.map(|spec| (flags.id.clone(), spec));
-    let pod = Pod::new(handle, share, spec, events.clone(), Arc::clone(&timeline), log.clone());
+    let pod = Pod::new(handle, provision, events.clone(), Arc::clone(&timeline), log.clone());
     let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service::services(&pod));
     server.start().await.context("cannot serve")?;
     timeline.mark(Stage::ShimStart);

@@ -12,6 +12,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message;
 
 use crate::{
+    cgroup,
     config::Config,
     events::timestamp,
     flags::Flags,
@@ -33,11 +34,13 @@ pub fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
     let paths = PodPaths::new(&state_dir(&bundle), &flags.namespace, &flags.id);
     let members = processes::recorded(&paths.processes());
     let left = processes::end(&members, LIMIT);
+    let cgroup = cgroup::recorded(&paths.cgroup()).map_or(Ok(()), |path| cgroup::remove(&path));
     allow_missing(fs::remove_file(paths.socket(&flags.address, &flags.namespace, &flags.id)))?;
     remove(&paths)?;
     if !left.is_empty() {
         anyhow::bail!("processes of pod {} outlived SIGKILL for {LIMIT:?}: {left:?}", flags.id);
     }
+    cgroup?;
     let response = DeleteResponse {
         pid: members.iter().find(|member| member.role == "vmm").map_or(0, |member| member.pid),
         exit_status: KILLED,

@@ -5,7 +5,7 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use caisson_protos::guest::{GUEST_CID, SHARE_TAG};
@@ -19,13 +19,17 @@ use nix::{
 };
 
 use crate::{
+    allotment::Allotment,
+    cgroup::{self, CgroupError, limits::Overhead},
     config::Config,
     dial::Dialer,
     host::{self, HostError},
     machine::Launched,
     paths::PodPaths,
     processes::{self, Member},
+    resources::size::{HostSize, MachineSize},
     share::{Share, ShareError},
+    spec::BundleSpec,
     timeline::now_ns,
 };
 
@@ -38,6 +42,9 @@ pub enum LaunchError {
     /// The shared directory.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The pod's cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// A program of ours.
     #[error("{0}: install it (make install) or name it in {config}", config = crate::config::DEFAULT_PATH)]
     Spawn(#[from] SpawnError),
@@ -68,21 +75,38 @@ fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Laun
     |source| LaunchError::System { what: what.into(), source: source.into() }
 }
 
-/// Makes the pod's directories, mounts its share and launches its machine. `log` becomes the children's standard error, and
-/// `oom_score_adj` says how willingly the host may kill them.
+/// The pod to launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Pod<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// Its id.
+    pub id: &'a str,
+    /// The specification of its first container.
+    pub spec: &'a BundleSpec,
+}
+
+/// What was launched.
+pub struct Launch {
+    /// The processes.
+    pub machine: Launched,
+    /// What they share with the shim.
+    pub share: Share,
+    /// What they may use.
+    pub allotment: Allotment,
+}
+
+/// Makes the pod's directories and its cgroup, mounts its share and launches its machine. `log` becomes the children's standard error.
 ///
 /// # Errors
 /// [`LaunchError`] names what failed. Processes that were already started are gone then; directories are not.
-pub fn launch(
-    config: &Config,
-    paths: &PodPaths,
-    oom_score_adj: i32,
-    log: BorrowedFd<'_>,
-) -> Result<(Launched, Share), LaunchError> {
+pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'_>) -> Result<Launch, LaunchError> {
     host::check_kvm()?;
     let kernel = host::open_kernel(&config.kernel)?;
     let initramfs = host::open_initramfs(&config.initramfs)?;
     paths.create().map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
+    let allotment = allot(config, paths, pod)?;
+    let procs = allotment.cgroup().procs()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
     let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
     let (guest_streams, monitors_streams) = packet::pair().map_err(system("make a socket pair"))?;
@@ -92,14 +116,14 @@ pub fn launch(
 
     let image = format!("kernel {} and initramfs {}", config.kernel.display(), config.initramfs.display());
     let spawned_ns = now_ns();
-    let (vmm, control) = spawn_monitor(&config.monitor(), log)?;
-    let size = u64::from(config.memory_mib) << 20;
+    let (vmm, control) = spawn_monitor(&config.monitor(), log, Some(procs.as_fd()))?;
+    let MachineSize { vcpus, memory: size } = allotment.size();
     let machine = Machine {
-        vcpus: config.vcpus,
+        vcpus,
         memory: Memory { size, file: Some(memory(size)?), private: false },
         kernel: kernel.into(),
         initramfs: Some(initramfs.into()),
-        command_line: command_line(config.vcpus, config.debug_console),
+        command_line: command_line(vcpus, config.debug_console),
         console: output.map(|output| Console { output, early: true }),
         vsock: Some(Vsock { guest_cid: GUEST_CID, listener, guest_streams: monitors_streams }),
         disks: Vec::new(),
@@ -110,13 +134,27 @@ pub fn launch(
     let root = share.open_view()?;
     let arguments = ["--socket-fd", "3", "--root-fd", "4"];
     let descriptors = [(servers_share.as_fd(), 3), (root.as_fd(), 4)];
-    let fsd = Child::spawn(&config.file_server(), &arguments, &descriptors, log)?;
+    let fsd = Child::spawn_in(&config.file_server(), &arguments, &descriptors, log, Some(procs.as_fd()))?;
     record(paths, &vmm, &fsd)?;
     for child in [&vmm, &fsd] {
         // It may be refused to a shim of few rights; then the pod goes a little before its time.
-        let _ = processes::set_oom_score(child.pid(), oom_score_adj);
+        let _ = processes::set_oom_score(child.pid(), pod.spec.oom_score_adj);
     }
-    Ok((Launched { spawned_ns, image, vmm, fsd, control, guest_streams, console, dialer }, share))
+    let machine = Launched { spawned_ns, image, vmm, fsd, control, guest_streams, console, dialer };
+    Ok(Launch { machine, share, allotment })
+}
+
+/// The machine's size and the pod's cgroup, as the specification asks.
+fn allot(config: &Config, paths: &PodPaths, pod: Pod<'_>) -> Result<Allotment, LaunchError> {
+    let mount = Path::new(cgroup::MOUNT);
+    cgroup::check_mount(mount)?;
+    let wanted = pod.spec.cgroups_path.as_deref();
+    let directory =
+        cgroup::path::directory(wanted, pod.namespace, pod.id, &cgroup::own()).map_err(CgroupError::from)?;
+    let size = MachineSize::of(&pod.spec.asked, config, HostSize::read());
+    let file = paths.cgroup();
+    cgroup::record(&file, mount, &directory).map_err(system(format!("write {}", file.display())))?;
+    Ok(Allotment::new(size, Overhead::of(config), mount, &directory, &pod.spec.asked)?)
 }
 
 /// A file for guest memory; sparse, so it costs only what the guest touches.

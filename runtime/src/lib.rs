@@ -14,6 +14,9 @@
 //! Pure, with property tests: [`flags`], [`lifecycle`], [`tasks`], [`mount`]'s plans, [`config`], [`spec`], [`options`].
 //! Not trusted: containerd's clients in what they ask for, images in their specs, the guest in everything it says.
 
+pub mod allotment;
+pub mod binds;
+pub mod cgroup;
 pub mod check;
 pub mod config;
 pub mod daemon;
@@ -22,7 +25,9 @@ pub mod dial;
 pub mod errors;
 pub mod events;
 pub mod flags;
+pub mod hooks;
 pub mod host;
+pub mod host_view;
 pub mod info;
 pub mod launch;
 pub mod lifecycle;
@@ -32,6 +37,7 @@ pub mod options;
 pub mod paths;
 pub mod pod;
 pub mod processes;
+pub mod resources;
 pub mod service;
 pub mod share;
 pub mod spec;

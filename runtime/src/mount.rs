@@ -5,7 +5,15 @@
 //! The kernel takes one page of data. An overlay of many layers needs more, so its lower directories are
 //! then named relative to the directory that they share, which becomes the working directory for the one call.
 
-use std::{ffi::CString, io, os::unix::ffi::OsStrExt, path::Path};
+use std::{
+    ffi::{CStr, CString},
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
 
 use nix::{
     fcntl::{OFlag, open},
@@ -227,7 +235,28 @@ impl Mount {
 
 /// Gives nosuid, nodev and noexec to the mount at `path` and to all below it.
 fn fetter(path: &Path) -> io::Result<()> {
-    /// `struct mount_attr`, include/uapi/linux/mount.h.
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    set_attributes(None, &path, NOSUID_NODEV_NOEXEC, 0)
+}
+
+/// Gives them to a tree of mounts that is mounted nowhere yet, and cuts it off from what is mounted later where it was copied from.
+/// `read_only`: nothing in it can be written by anybody.
+///
+/// # Errors
+/// The system call's.
+pub fn fetter_tree(tree: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+    let read_only = if read_only { RDONLY } else { 0 };
+    set_attributes(Some(tree), c"", NOSUID_NODEV_NOEXEC | read_only, MsFlags::MS_PRIVATE.bits())
+}
+
+/// MOUNT_ATTR_RDONLY, include/uapi/linux/mount.h.
+const RDONLY: u64 = 0x1;
+/// MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC, ibidem.
+const NOSUID_NODEV_NOEXEC: u64 = 0x2 | 0x4 | 0x8;
+
+/// mount_setattr(2), recursively, on a path or on what a descriptor stands for (with an empty path).
+fn set_attributes(tree: Option<BorrowedFd<'_>>, path: &CStr, set: u64, propagation: u64) -> io::Result<()> {
+    /// `struct mount_attr`, ibidem.
     #[repr(C)]
     struct MountAttr {
         set: u64,
@@ -235,17 +264,15 @@ fn fetter(path: &Path) -> io::Result<()> {
         propagation: u64,
         user_namespace: u64,
     }
-    /// MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC, ibidem.
-    const NOSUID_NODEV_NOEXEC: u64 = 0x2 | 0x4 | 0x8;
-    let attr = MountAttr { set: NOSUID_NODEV_NOEXEC, clear: 0, propagation: 0, user_namespace: 0 };
-    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attr = MountAttr { set, clear: 0, propagation, user_namespace: 0 };
+    let directory = tree.map_or(libc::AT_FDCWD, |tree| tree.as_raw_fd());
     // SAFETY: the path is a C string and the structure has the length that is given; both outlive the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
+            directory,
             path.as_ptr(),
-            libc::AT_RECURSIVE,
+            libc::AT_RECURSIVE | libc::AT_EMPTY_PATH,
             &raw const attr,
             size_of::<MountAttr>(),
         )

@@ -8,6 +8,7 @@
 //!     view                             the same directory as caisson-fsd sees it
 //!     staging                          mount point (likewise) where a mount is fettered before anybody sees it
 //!     processes                        who belongs to the pod, for the clean-up after a crash
+//!     cgroup                           the pod's cgroup, for the same
 //! ```
 //!
 //! Names below are fixed, so that clean-up removes exactly these and never walks a tree in which something of
@@ -69,6 +70,11 @@ impl PodPaths {
         self.pod.join("processes")
     }
 
+    /// See the module's picture.
+    pub fn cgroup(&self) -> PathBuf {
+        self.pod.join("cgroup")
+    }
+
     /// The socket for the pod `id` of the containerd at `address`: the name is a hash because a socket's path has
     /// room for 107 bytes only (sockaddr_un in linux/un.h).
     pub fn socket(&self, address: &str, namespace: &str, id: &str) -> PathBuf {
@@ -105,7 +111,7 @@ impl PodPaths {
     /// # Errors
     /// What the file system says, EBUSY if something is still mounted.
     pub fn remove(&self) -> io::Result<()> {
-        for file in [self.vsock(), self.processes()] {
+        for file in [self.vsock(), self.processes(), self.cgroup()] {
             allow_missing(fs::remove_file(file))?;
         }
         for directory in [self.shared(), self.view(), self.staging()] {
@@ -141,6 +147,7 @@ mod tests {
         let pod = PodPaths::new(state.path(), "ns", "one");
         pod.create().unwrap();
         fs::write(pod.processes(), "").unwrap();
+        fs::write(pod.cgroup(), "").unwrap();
         fs::write(pod.vsock(), "").unwrap();
         pod.create().unwrap();
         assert!(pod.shared().is_dir() && !pod.vsock().exists());

@@ -5,6 +5,7 @@
 //! ```text
 //!   shared/   tmpfs, read-write: only the shim writes here ──peers──  view/   the same, read-only: caisson-fsd's root
 //!     └ <container>/rootfs   overlay, bind, …                           └ <container>/rootfs   (propagated)
+//!     └ <container>/mounts/<index>   files and directories of the host  └ likewise
 //! ```
 //!
 //! What is mounted there is nosuid, nodev and noexec: caisson-fsd may make device nodes for a guest, and even if a guest
@@ -13,7 +14,7 @@
 
 use std::{
     fs, io,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -21,10 +22,16 @@ use nix::{
     fcntl::{OFlag, open},
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
-    sys::stat::Mode,
+    sys::stat::{Mode, SFlag, makedev, mknod},
+};
+use rustix::{
+    fs::CWD,
+    mount::{MoveMountFlags, move_mount},
 };
 
 use crate::{
+    binds::Source,
+    host_view::HostView,
     mount::{Mount, MountError},
     paths::PodPaths,
 };
@@ -60,16 +67,18 @@ pub enum RootfsError {
 }
 
 /// Moves the calling thread, which must be the process's only one, into a mount namespace of its own. What the host mounts
-/// and unmounts later still arrives here; nothing goes the other way.
+/// and unmounts later still arrives here; nothing goes the other way. The way back to the host's namespace.
 ///
 /// # Errors
 /// EPERM without CAP_SYS_ADMIN.
-pub fn enter_mount_namespace() -> Result<(), ShareError> {
+pub fn enter_mount_namespace() -> Result<HostView, ShareError> {
     let none = None::<&str>;
     let failed = |step| move |errno: nix::Error| ShareError { step, source: errno.into() };
+    let host = HostView::here().map_err(|source| ShareError { step: "open the host's mount namespace", source })?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(failed("unshare the mount namespace"))?;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
-        .map_err(failed("make mounts slaves of the host's"))
+        .map_err(failed("make mounts slaves of the host's"))?;
+    Ok(host)
 }
 
 /// See the module's introduction.
@@ -141,6 +150,49 @@ impl Share {
         }
         Ok(rootfs)
     }
+
+    /// A bind mount's place, relative to the shared directory: what the agent is told.
+    pub fn bind_name(container: &str, index: u32) -> String {
+        format!("{container}/mounts/{index}")
+    }
+
+    /// Puts a container's bind mounts into its directory, which [`Self::mount_rootfs`] has made.
+    ///
+    /// # Errors
+    /// See [`RootfsError`]; then nothing of it stays.
+    pub fn mount_binds(&self, container: &str, sources: Vec<(u32, Source)>) -> Result<Binds, RootfsError> {
+        let directory = self.shared.join(container).join("mounts");
+        let mut binds = Binds { directory, targets: Vec::new() };
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| RootfsError::MountPoint { path, source }
+        };
+        fs::create_dir(&binds.directory).map_err(failed(&binds.directory))?;
+        for (index, source) in sources {
+            let target = binds.directory.join(index.to_string());
+            match source {
+                Source::Tree { tree, directory } => {
+                    let made =
+                        if directory { fs::create_dir(&target) } else { fs::File::create_new(&target).map(drop) };
+                    made.map_err(failed(&target))?;
+                    binds.targets.push((target.clone(), Target::Mount { directory }));
+                    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+                    move_mount(&tree, c"", CWD, &target, flags).map_err(|errno| failed(&target)(errno.into()))?;
+                }
+                // The guest's kernel takes its own device for the number; on the host the node opens nothing (nodev).
+                Source::Device(major, minor) => {
+                    let mode = Mode::from_bits_truncate(0o666);
+                    let number = makedev(major.into(), minor.into());
+                    mknod(&target, SFlag::S_IFCHR, mode, number).map_err(|errno| failed(&target)(errno.into()))?;
+                    binds.targets.push((target.clone(), Target::Node));
+                    // Whatever umask the shim was born with.
+                    let everybody = fs::Permissions::from_mode(0o666);
+                    fs::set_permissions(&target, everybody).map_err(failed(&target))?;
+                }
+            }
+        }
+        Ok(binds)
+    }
 }
 
 impl Drop for Share {
@@ -164,6 +216,34 @@ impl Drop for Rootfs {
         // As many as were stacked; EINVAL says that there is none left.
         while umount2(&self.target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
         let _ = fs::remove_dir(&self.target);
+        let _ = fs::remove_dir(&self.directory);
+    }
+}
+
+/// What a bind mount's place holds.
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    Mount { directory: bool },
+    Node,
+}
+
+/// A container's bind mounts. Dropped, they are unmounted.
+#[derive(Debug)]
+pub struct Binds {
+    directory: PathBuf,
+    targets: Vec<(PathBuf, Target)>,
+}
+
+impl Drop for Binds {
+    fn drop(&mut self) {
+        for (target, kind) in self.targets.iter().rev() {
+            // With all that is mounted below it.
+            let _ = umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+            let _ = match kind {
+                Target::Mount { directory: true } => fs::remove_dir(target),
+                Target::Mount { directory: false } | Target::Node => fs::remove_file(target),
+            };
+        }
         let _ = fs::remove_dir(&self.directory);
     }
 }

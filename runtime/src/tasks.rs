@@ -15,7 +15,8 @@ use crate::{
     errors::TaskError,
     events::{Event, Publisher, timestamp},
     lifecycle::{Exit, KILLED, Process, Status},
-    share::Rootfs,
+    pod::hooks::Pending,
+    share::{Binds, Rootfs},
     stdio::{Copies, Stdio},
 };
 
@@ -77,8 +78,12 @@ pub struct Container {
     bundle: String,
     init: Entry,
     execs: BTreeMap<String, Entry>,
+    /// Its bind mounts, once they are there; gone before what they lie in is.
+    pub binds: Option<Binds>,
     /// Its mounts, once they are there.
     pub rootfs: Option<Rootfs>,
+    /// Its hooks that have not run yet.
+    pub hooks: Option<Box<Pending>>,
 }
 
 /// See the module's introduction.
@@ -119,7 +124,9 @@ impl<N: News> Tasks<N> {
             bundle: bundle.to_owned(),
             init: Entry::new(true, stdio),
             execs: BTreeMap::new(),
+            binds: None,
             rootfs: None,
+            hooks: None,
         };
         self.containers.insert(id.to_owned(), container);
         Ok(())

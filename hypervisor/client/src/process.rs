@@ -47,14 +47,18 @@ pub struct Child {
     reaped: Option<ExitStatus>,
 }
 
-/// Starts caisson-vmm: its process and our end of its control socket.
+/// Starts caisson-vmm: its process and our end of its control socket. `cgroup` as for [`Child::spawn_in`].
 ///
 /// # Errors
 /// See [`SpawnError`].
-pub fn spawn_monitor(program: &Path, log: BorrowedFd<'_>) -> Result<(Child, OwnedFd), SpawnError> {
+pub fn spawn_monitor(
+    program: &Path,
+    log: BorrowedFd<'_>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<(Child, OwnedFd), SpawnError> {
     let (ours, theirs) =
         packet::pair().map_err(|source| SpawnError::Prepare { program: program.to_owned(), source })?;
-    let child = Child::spawn::<&str>(program, &[], &[(theirs.as_fd(), CONTROL_FD)], log)?;
+    let child = Child::spawn_in::<&str>(program, &[], &[(theirs.as_fd(), CONTROL_FD)], log, cgroup)?;
     Ok((child, ours))
 }
 
@@ -70,6 +74,20 @@ impl Child {
         descriptors: &[(BorrowedFd<'_>, RawFd)],
         log: BorrowedFd<'_>,
     ) -> Result<Self, SpawnError> {
+        Self::spawn_in(program, arguments, descriptors, log, None)
+    }
+
+    /// The same in a cgroup from its first instruction on: `cgroup` is that cgroup's `cgroup.procs`, open for writing.
+    ///
+    /// # Errors
+    /// See [`SpawnError`].
+    pub fn spawn_in<A: AsRef<OsStr>>(
+        program: &Path,
+        arguments: &[A],
+        descriptors: &[(BorrowedFd<'_>, RawFd)],
+        log: BorrowedFd<'_>,
+        cgroup: Option<BorrowedFd<'_>>,
+    ) -> Result<Self, SpawnError> {
         let prepare = |source| SpawnError::Prepare { program: program.to_owned(), source };
         let parent = std::process::id();
         let duplicate = |descriptor: BorrowedFd<'_>, floor| {
@@ -80,6 +98,7 @@ impl Child {
         };
         // Copies above every target number, so that no dup2 below overwrites a source that is still to come.
         let floor = descriptors.iter().map(|(_, number)| number.saturating_add(1)).max().unwrap_or(3);
+        let cgroup = cgroup.map(|cgroup| duplicate(cgroup, floor)).transpose()?;
         let mut sources = Vec::with_capacity(descriptors.len());
         for (descriptor, number) in descriptors {
             sources.push((duplicate(*descriptor, floor)?, *number));
@@ -95,7 +114,7 @@ impl Child {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(log.try_clone_to_owned().map_err(prepare)?);
-        // SAFETY: between fork and exec the closure makes only async-signal-safe calls (prctl, getppid, dup2) and
+        // SAFETY: between fork and exec the closure makes only async-signal-safe calls (prctl, getppid, write, dup2) and
         // allocates nothing: `sources` was built before.
         unsafe {
             command.pre_exec(move || {
@@ -103,6 +122,10 @@ impl Child {
                 // The parent may have died before the line above took effect.
                 if nix::unistd::getppid().as_raw() as u32 != parent {
                     return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+                if let Some(cgroup) = &cgroup {
+                    // 0 is whoever writes it.
+                    nix::unistd::write(cgroup, b"0")?;
                 }
                 for (source, number) in &sources {
                     if libc::dup2(source.as_raw_fd(), *number) < 0 {

@@ -3,7 +3,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use caisson_protos::agent::CreateRequest;
+use caisson_protos::agent::{BindSource, CreateRequest, JoinedNamespace};
 use containerd_shim_protos::{
     api::CreateTaskRequest,
     events::task::{TaskCreate, TaskIO},
@@ -13,16 +13,22 @@ use slog::warn;
 
 use super::{Pod, limited, lock};
 use crate::{
+    allotment::Allotment,
+    binds::{self, Source},
     errors::TaskError,
     flags::is_identifier,
     mount::Mount,
     options,
-    share::{Rootfs, Share},
+    share::{Binds, Rootfs, Share},
     spec::BundleSpec,
     stdio::{Fifos, FirstOutput, Stdio},
     tasks::Name,
     timeline::Stage,
 };
+
+fn bind_source(container: &str, mount: u32) -> BindSource {
+    BindSource { mount, path: Share::bind_name(container, mount), ..BindSource::default() }
+}
 
 impl Pod {
     /// Task.Create.
@@ -45,7 +51,9 @@ impl Pod {
         let created = self.create_container(&name, &request, &stdio).await;
         if let Err(error) = &created {
             warn!(self.log, "container not created"; "container" => &request.id, "error" => %error);
+            let hooks = self.tasks().container(&name.container).ok().and_then(|container| container.hooks.take());
             drop(self.tasks().remove(&name));
+            self.run_poststop(hooks).await;
         }
         created
     }
@@ -58,22 +66,30 @@ impl Pod {
     ) -> Result<u32, TaskError> {
         // The host's part is done while the machine boots.
         let spec = self.take_spec(&request.id, &request.bundle)?;
+        let sources = self.open_binds(&spec).await?;
         let fifos = Fifos::open(stdio).map_err(|error| TaskError::invalid_argument(error.to_string()))?;
         let rootfs = self.mount_rootfs(request, &spec.rootfs).await?;
         self.tasks().container(&name.container)?.rootfs = Some(rootfs);
+        let binds = self.mount_binds(&request.id, sources).await?;
+        self.tasks().container(&name.container)?.binds = Some(binds);
 
         let machine = self.machine.ready().await?;
+        let joins = self.joined(&spec, machine.pid)?;
+        self.run_create_hooks(name, &spec, machine.pid, Path::new(&request.bundle)).await?;
         let connected =
             fifos.connect(&machine.dialer).await.map_err(|error| TaskError::unavailable(error.to_string()))?;
         let create = CreateRequest {
             container_id: request.id.clone(),
-            spec: spec.json,
+            spec: self.guests_spec(&spec)?,
             rootfs: Share::rootfs_name(&request.id),
             stdio: MessageField::some(connected.ports.clone()),
+            binds: spec.binds.iter().map(|bind| bind_source(&request.id, bind.index)).collect(),
+            joins,
             ..CreateRequest::default()
         };
         self.agent_call("Create", machine.agent.create(limited(), &create)).await?;
         self.timeline.mark(Stage::ContainerCreated);
+        let _ = self.first.set(request.id.clone());
         let copies = connected.copy(Some(self.first_output()));
 
         let mut tasks = self.tasks();
@@ -99,12 +115,54 @@ impl Pod {
     }
 
     fn take_spec(&self, id: &str, bundle: &str) -> Result<BundleSpec, TaskError> {
+        if let Some(refused) = &self.refused {
+            return Err(TaskError::invalid_argument(refused.clone()));
+        }
         if let Some((of, spec)) = lock(&self.spec).take()
             && of == id
         {
             return Ok(spec);
         }
         BundleSpec::read(Path::new(bundle)).map_err(|error| TaskError::invalid_argument(error.to_string()))
+    }
+
+    /// The specification for the agent.
+    fn guests_spec(&self, spec: &BundleSpec) -> Result<Vec<u8>, TaskError> {
+        let size = lock(&self.allotment).as_ref().map(Allotment::size);
+        let Some(size) = size else { return Ok(spec.json.clone()) };
+        spec.for_guest(size).map_err(|error| TaskError::invalid_argument(error.to_string()))
+    }
+
+    /// The namespaces of the pod's first container that this one joins; `pid` is the pid of its task.
+    fn joined(&self, spec: &BundleSpec, pid: u32) -> Result<Vec<JoinedNamespace>, TaskError> {
+        let joined = match self.first.get() {
+            Some(first) => spec.joined(pid, first),
+            None => spec.joined(0, ""),
+        };
+        joined.map_err(|error| TaskError::invalid_argument(error.to_string()))
+    }
+
+    async fn open_binds(&self, spec: &BundleSpec) -> Result<Vec<(u32, Source)>, TaskError> {
+        if spec.binds.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Some(host) = &self.host else { return Err(self.no_machine().await) };
+        let binds = spec.binds.clone();
+        let opened = host.run(move || binds::open(&binds)).await;
+        let opened = opened.map_err(|error| TaskError::internal(format!("the host's mount namespace: {error}")))?;
+        opened.map_err(|error| TaskError::invalid_argument(error.to_string()))
+    }
+
+    async fn mount_binds(&self, id: &str, sources: Vec<(u32, Source)>) -> Result<Binds, TaskError> {
+        if let Some(share) = &*lock(&self.share) {
+            return share.mount_binds(id, sources).map_err(|error| TaskError::failed_precondition(error.to_string()));
+        }
+        Err(self.no_machine().await)
+    }
+
+    /// Something of the pod is missing because there is no machine; that is the error to tell.
+    async fn no_machine(&self) -> TaskError {
+        self.machine.ready().await.err().unwrap_or_else(|| TaskError::unavailable("the pod has ended"))
     }
 
     async fn mount_rootfs(&self, request: &CreateTaskRequest, fallback: &Path) -> Result<Rootfs, TaskError> {
@@ -119,8 +177,7 @@ impl Pod {
             let mounted = share.mount_rootfs(&request.id, &mounts, fallback);
             return mounted.map_err(|error| TaskError::failed_precondition(error.to_string()));
         }
-        // There is no share because there is no machine; that is the error to tell.
-        Err(self.machine.ready().await.err().unwrap_or_else(|| TaskError::unavailable("the pod has ended")))
+        Err(self.no_machine().await)
     }
 
     fn first_output(self: &Arc<Self>) -> FirstOutput {

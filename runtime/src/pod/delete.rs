@@ -37,11 +37,17 @@ impl Pod {
             }
             return Err(error);
         }
-        let mut tasks = self.tasks();
-        let exit = tasks.entry(name)?.process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
-        // Unmounts the root before anybody hears of it.
-        let removed = tasks.remove(name);
-        drop(removed);
+        let (exit, hooks) = {
+            let mut tasks = self.tasks();
+            let exit = tasks.entry(name)?.process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
+            let is_init = name.exec.is_empty();
+            let hooks = if is_init { tasks.container(&name.container)?.hooks.take() } else { None };
+            // Unmounts the root before anybody hears of it.
+            drop(tasks.remove(name));
+            (exit, hooks)
+        };
+        self.run_poststop(hooks).await;
+        let tasks = self.tasks();
         if name.exec.is_empty() {
             tasks.news().publish(&TaskDelete {
                 container_id: name.container.clone(),

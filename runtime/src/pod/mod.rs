@@ -5,22 +5,25 @@
 mod container;
 mod create;
 mod delete;
+pub mod hooks;
 mod process;
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use caisson_protos::agent::ProcessRequest;
 use containerd_shim_protos::api::StateResponse;
-use slog::Logger;
+use slog::{Logger, error};
 use tokio::{sync::watch, time::timeout};
 use ttrpc::context::{Context, with_duration};
 
 use crate::{
+    allotment::Allotment,
     errors::TaskError,
     events::Publisher,
+    host_view::HostView,
     lifecycle::{Exit, Status},
     machine::MachineHandle,
     share::Share,
@@ -34,14 +37,35 @@ const CALL_LIMIT: Duration = Duration::from_secs(60);
 /// How long the machine's end may take to be understood after the agent's connection broke.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// What the daemon has made for a pod before it serves. What is missing could not be had: then there is no machine either.
+#[derive(Debug, Default)]
+pub struct Provision {
+    /// The shared directory.
+    pub share: Option<Share>,
+    /// The bundle's spec, and the id of the container that it is for.
+    pub spec: Option<(String, BundleSpec)>,
+    /// The host's mount namespace.
+    pub host: Option<HostView>,
+    /// The machine's size and the pod's cgroup.
+    pub allotment: Option<Allotment>,
+    /// What is wrong with the spec: the answer to Create.
+    pub refused: Option<String>,
+}
+
 /// What a pod is made of.
 pub struct Pod {
     machine: MachineHandle,
     /// None: the launch failed before there was one, and the machine is lost.
     share: Mutex<Option<Share>>,
+    /// None: likewise, or the pod has ended.
+    allotment: Mutex<Option<Allotment>>,
+    host: Option<HostView>,
+    refused: Option<String>,
     tasks: Mutex<Tasks<Publisher>>,
     /// The bundle's spec as it was read at the start, for the container that the pod was started for.
     spec: Mutex<Option<(String, BundleSpec)>>,
+    /// The first container that was created: the one whose namespaces others of the pod may join.
+    first: OnceLock<String>,
     timeline: Arc<Timeline>,
     log: Logger,
     ended: watch::Sender<bool>,
@@ -60,20 +84,23 @@ fn process_request(name: &Name) -> ProcessRequest {
 }
 
 impl Pod {
-    /// A pod on a machine that may still be booting. `spec` is the spec of the container `id`, if it was read already.
+    /// A pod on a machine that may still be booting.
     pub fn new(
         machine: MachineHandle,
-        share: Option<Share>,
-        spec: Option<(String, BundleSpec)>,
+        provision: Provision,
         events: Publisher,
         timeline: Arc<Timeline>,
         log: Logger,
     ) -> Arc<Self> {
         let pod = Arc::new(Self {
             machine,
-            share: Mutex::new(share),
+            share: Mutex::new(provision.share),
+            allotment: Mutex::new(provision.allotment),
+            host: provision.host,
+            refused: provision.refused,
             tasks: Mutex::new(Tasks::new(events)),
-            spec: Mutex::new(spec),
+            spec: Mutex::new(provision.spec),
+            first: OnceLock::new(),
             timeline,
             log,
             ended: watch::Sender::new(false),
@@ -147,6 +174,10 @@ impl Pod {
         }
         self.machine.stop().await;
         drop(lock(&self.share).take());
+        let allotment = lock(&self.allotment).take();
+        if let Some(Err(error)) = allotment.map(Allotment::end) {
+            error!(self.log, "the pod left something behind"; "what" => "cgroup", "error" => %error);
+        }
         self.ended.send_replace(true);
     }
 

@@ -70,7 +70,11 @@ impl Pod {
                 } else {
                     tokio::spawn(Arc::clone(self).watch_process(name.clone(), machine));
                 }
-                self.tasks().started(&name)
+                let pid = self.tasks().started(&name)?;
+                if name.exec.is_empty() {
+                    self.run_poststart(&name).await;
+                }
+                Ok(pid)
             }
             Err(error) => {
                 // As a shell has it: 127 no such program, 126 not to be executed; with its machine it was killed.

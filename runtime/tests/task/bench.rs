@@ -13,7 +13,7 @@ use caisson_runtime::{
     events::{Destination, Publisher},
     machine::{Machine, MachineHandle, MachineOwner, MachineState, machine},
     paths::PodPaths,
-    pod::Pod,
+    pod::{Pod, Provision},
     service,
     share::{Share, enter_mount_namespace},
     timeline::{Timeline, now_ns},
@@ -95,7 +95,7 @@ impl Bench {
 
     /// A pod whose machine is still on its way.
     pub async fn booting() -> Self {
-        enter_mount_namespace().expect("these tests run as root");
+        let host = enter_mount_namespace().expect("these tests run as root");
         let directory = tempfile::tempdir().unwrap();
         let (guest, agent) = guest::serve(directory.path()).await;
         let paths = PodPaths::new(&directory.path().join("state"), "ns", "pod");
@@ -118,7 +118,8 @@ impl Bench {
         });
         let publisher = Publisher::start(Destination::Ttrpc(events), "ns", log.clone());
         let timeline = Arc::new(Timeline::new(now_ns()));
-        let pod = Pod::new(handle, Some(share), None, publisher.clone(), timeline, log);
+        let provision = Provision { share: Some(share), host: Some(host), ..Provision::default() };
+        let pod = Pod::new(handle, provision, publisher.clone(), timeline, log);
         let socket = format!("unix://{}", directory.path().join("task.sock").display());
         let mut server = Server::new().bind(&socket).unwrap().register_service(service::services(&pod));
         server.start().await.unwrap();
@@ -177,7 +178,7 @@ impl Bench {
             "process": Self::process(args),
             "root": { "path": "rootfs" },
             "linux": { "namespaces": [
-                { "type": "mount" }, { "type": "pid" }, { "type": "network" }, { "type": "ipc" }
+                { "type": "mount" }, { "type": "pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }
             ] },
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();

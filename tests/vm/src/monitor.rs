@@ -49,7 +49,7 @@ impl Monitor {
     /// Starts one.
     pub fn spawn() -> Self {
         let log = tempfile::tempfile().expect("a temporary file");
-        let (process, ours) = spawn_monitor(&program("caisson-vmm"), log.as_fd()).expect("caisson-vmm starts");
+        let (process, ours) = spawn_monitor(&program("caisson-vmm"), log.as_fd(), None).expect("caisson-vmm starts");
         Self { process, control: Some(ours), next_id: 1, log }
     }
 

@@ -1,0 +1,276 @@
+//! The pod's cgroup on the host: caisson-vmm and caisson-fsd live in the directory that the specification names ([`path`]), with its
+//! limits and an overhead ([`limits`]). The shim itself stays where containerd has put it, as runc's does.
+//!
+//! The directories are made on the file system itself, for systemd's names as well (docs/decisions/0006). As runc does, parents
+//! are made if they are missing and stay when the pod is gone; the pod's own directory is removed.
+
+pub mod limits;
+pub mod path;
+
+use std::{
+    ffi::OsString,
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+use crate::paths::allow_missing;
+use limits::Setting;
+
+/// Where the hierarchy is mounted.
+pub const MOUNT: &str = "/sys/fs/cgroup";
+/// The controllers that limits need; those that a host lacks are only missed by who asks for them.
+const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
+/// A killed process leaves its cgroup a moment after it is gone; that long removing is tried, in steps.
+const REMOVE_STEP: Duration = Duration::from_millis(5);
+const REMOVE_STEPS: u32 = 200;
+
+/// A cgroup that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The specification's path.
+    #[error(transparent)]
+    Path(#[from] path::PathError),
+    /// The old version, or none.
+    #[error(
+        "{0} is not cgroup v2, in which a pod's processes and limits are kept: boot with systemd.unified_cgroup_hierarchy=1 or mount it there"
+    )]
+    NotVersion2(PathBuf),
+    /// Somebody is in there.
+    #[error("the cgroup {0} of linux.cgroupsPath has processes already: each pod needs one of its own")]
+    Busy(PathBuf),
+    /// A limit of a controller that is not there.
+    #[error(
+        "{field}: the cgroup {path} has no controller {controller} (it has {available:?}): enable it in the host's kernel and in the cgroups above, or set no such limit"
+    )]
+    Controller {
+        /// The specification's field.
+        field: String,
+        /// The directory.
+        path: PathBuf,
+        /// The missing one.
+        controller: String,
+        /// Those that are there.
+        available: String,
+    },
+    /// A value that the kernel does not take.
+    #[error("{field}: cannot write {value:?} to {path}: {source}")]
+    Limit {
+        /// The specification's field.
+        field: String,
+        /// What was written.
+        value: String,
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel refused.
+    #[error("cannot {what} {path}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn system<'p>(what: &'static str, path: &'p Path) -> impl FnOnce(io::Error) -> CgroupError + use<'p> {
+    move |source| CgroupError::System { what, path: path.to_owned(), source }
+}
+
+/// Checks that cgroup v2 is mounted at `mount`.
+///
+/// # Errors
+/// [`CgroupError::NotVersion2`].
+pub fn check_mount(mount: &Path) -> Result<(), CgroupError> {
+    match statfs(mount) {
+        Ok(found) if found.filesystem_type() == CGROUP2_SUPER_MAGIC => Ok(()),
+        _ => Err(CgroupError::NotVersion2(mount.to_owned())),
+    }
+}
+
+/// The calling process's own cgroup as the kernel names it; `/` if it does not say.
+pub fn own() -> String {
+    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned()
+}
+
+/// A pod's cgroup. Dropped, it is removed.
+#[derive(Debug)]
+pub struct HostCgroup {
+    path: PathBuf,
+}
+
+impl CgroupError {
+    /// Whether the specification asks for what this host cannot give, or its kernel fails.
+    pub fn is_refusal(&self) -> bool {
+        !matches!(self, Self::System { .. } | Self::NotVersion2(_))
+    }
+}
+
+impl HostCgroup {
+    /// Makes `directory` below the hierarchy at `mount` and writes its limits. Its parents hand down what controllers there are.
+    ///
+    /// # Errors
+    /// See [`CgroupError`]; then the directory is gone again.
+    pub fn create(mount: &Path, directory: &Path, settings: &[Setting]) -> Result<Self, CgroupError> {
+        let path = mount.join(directory);
+        let mut level = mount.to_owned();
+        for name in directory {
+            enable(&level);
+            level.push(name);
+            match fs::create_dir(&level) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && level.is_dir() => {}
+                made => made.map_err(system("make the cgroup", &level))?,
+            }
+        }
+        if is_populated(&path)? {
+            return Err(CgroupError::Busy(path));
+        }
+        let cgroup = Self { path };
+        cgroup.apply(settings)?;
+        Ok(cgroup)
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file by which a process that is about to run its program enters.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn procs(&self) -> Result<File, CgroupError> {
+        let file = self.path.join("cgroup.procs");
+        OpenOptions::new().write(true).open(&file).map_err(system("open", &file))
+    }
+
+    /// Writes limits; the first that cannot be written ends it, those before it hold.
+    ///
+    /// # Errors
+    /// [`CgroupError::Controller`] or [`CgroupError::Limit`], before anything is written if a controller is missing.
+    pub fn apply(&self, settings: &[Setting]) -> Result<(), CgroupError> {
+        if settings.is_empty() {
+            return Ok(());
+        }
+        let file = self.path.join("cgroup.controllers");
+        let available = fs::read_to_string(&file).map_err(system("read", &file))?;
+        let available = available.trim();
+        // Without a controller there is nothing that its limit could be taken from.
+        let needed = settings.iter().filter(|setting| !self.is_void(setting));
+        for setting in needed.clone() {
+            if !available.split(' ').any(|controller| controller == setting.controller()) {
+                return Err(CgroupError::Controller {
+                    field: setting.field.clone(),
+                    path: self.path.clone(),
+                    controller: setting.controller().to_owned(),
+                    available: available.to_owned(),
+                });
+            }
+        }
+        for Setting { file, value, field } in needed {
+            let path = self.path.join(self.file_name(file));
+            let written =
+                OpenOptions::new().write(true).open(&path).and_then(|mut file| file.write_all(value.as_bytes()));
+            written.map_err(|source| CgroupError::Limit {
+                field: field.clone(),
+                value: value.clone(),
+                path,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Whether a setting asks for no limit where there can be none, or for no swap where there is none.
+    fn is_void(&self, setting: &Setting) -> bool {
+        let none = setting.value == "max" || setting.value.starts_with("max ");
+        (none || setting.file == "memory.swap.max" && setting.value == "0") && !self.path.join(&setting.file).exists()
+    }
+
+    /// The BFQ scheduler has weights of its own where the kernel knows no io.weight.
+    fn file_name<'f>(&self, file: &'f str) -> &'f str {
+        let bfq = file == "io.weight" && !self.path.join(file).exists();
+        if bfq { "io.bfq.weight" } else { file }
+    }
+
+    /// Removes it, once its processes are gone; they are the pod's, which has ended.
+    ///
+    /// # Errors
+    /// EBUSY if something stays in it.
+    pub fn remove(self) -> Result<(), CgroupError> {
+        let path = self.path.clone();
+        std::mem::forget(self);
+        remove(&path)
+    }
+}
+
+impl Drop for HostCgroup {
+    fn drop(&mut self) {
+        // Nobody is told: whoever cares calls `remove`.
+        let _ = remove(&self.path);
+    }
+}
+
+/// Writes down where a pod's cgroup will be, for the day its shim is killed.
+///
+/// # Errors
+/// What the file system says.
+pub fn record(file: &Path, mount: &Path, directory: &Path) -> io::Result<()> {
+    fs::write(file, mount.join(directory).as_os_str().as_bytes())
+}
+
+/// Reads what [`record`] wrote; None if there is nothing to remove.
+pub fn recorded(file: &Path) -> Option<PathBuf> {
+    let path = PathBuf::from(OsString::from_vec(fs::read(file).ok()?));
+    path.is_absolute().then_some(path)
+}
+
+/// Removes the cgroup at `path`, an absolute path, waiting a second at most for processes that have just been killed. One that is
+/// not there is fine.
+///
+/// # Errors
+/// EBUSY if something stays in it.
+pub fn remove(path: &Path) -> Result<(), CgroupError> {
+    let mut steps = 0;
+    loop {
+        match allow_missing(fs::remove_dir(path)) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && steps < REMOVE_STEPS => {
+                steps += 1;
+                thread::sleep(REMOVE_STEP);
+            }
+            removed => return removed.map_err(system("remove the cgroup", path)),
+        }
+    }
+}
+
+/// Hands controllers down from `directory`: each by itself, because one that cannot be would take the others with it. What is then
+/// missing below is told to who asks for it.
+fn enable(directory: &Path) {
+    let read = |name| fs::read_to_string(directory.join(name)).unwrap_or_default();
+    let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
+    let has = |list: &str, name: &str| list.split_whitespace().any(|word| word == name);
+    for name in CONTROLLERS.into_iter().filter(|name| has(&available, name) && !has(&enabled, name)) {
+        let file = OpenOptions::new().write(true).open(directory.join("cgroup.subtree_control"));
+        let _ = file.and_then(|mut file| file.write_all(format!("+{name}").as_bytes()));
+    }
+}
+
+/// Whether a process is in a cgroup or below it.
+fn is_populated(path: &Path) -> Result<bool, CgroupError> {
+    let file = path.join("cgroup.events");
+    let events = fs::read_to_string(&file).map_err(system("read", &file))?;
+    Ok(events.lines().any(|line| line == "populated 1"))
+}
+
+#[cfg(test)]
+mod tests;

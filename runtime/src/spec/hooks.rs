@@ -1,0 +1,73 @@
+//! The hooks that run on the host. (createContainer and startContainer run in the guest: the agent's.)
+
+use std::{path::PathBuf, time::Duration};
+
+use oci_spec::runtime::{Hook as SpecHook, Spec};
+
+use super::Complaint;
+
+/// One program to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hook {
+    /// The specification's name of it.
+    pub field: String,
+    /// Absolute.
+    pub path: PathBuf,
+    /// With the program's own name in front.
+    pub args: Vec<String>,
+    /// `KEY=value`, all that it gets.
+    pub env: Vec<String>,
+    /// How long it may take; None: as long as it likes.
+    pub timeout: Option<Duration>,
+}
+
+/// All of one container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hooks {
+    /// prestart, then createRuntime.
+    pub create: Vec<Hook>,
+    /// poststart.
+    pub poststart: Vec<Hook>,
+    /// poststop.
+    pub poststop: Vec<Hook>,
+}
+
+pub(super) fn check(spec: &Spec) -> Result<Hooks, Complaint> {
+    let Some(hooks) = spec.hooks() else { return Ok(Hooks::default()) };
+    #[allow(deprecated, reason = "prestart is out of fashion and in use")]
+    let prestart = hooks.prestart();
+    let mut create = list("prestart", prestart)?;
+    create.extend(list("createRuntime", hooks.create_runtime())?);
+    Ok(Hooks {
+        create,
+        poststart: list("poststart", hooks.poststart())?,
+        poststop: list("poststop", hooks.poststop())?,
+    })
+}
+
+fn list(kind: &str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, Complaint> {
+    hooks.iter().flatten().enumerate().map(|(index, hook)| one(format!("hooks.{kind}[{index}]"), hook)).collect()
+}
+
+fn one(field: String, hook: &SpecHook) -> Result<Hook, Complaint> {
+    let path = hook.path().clone();
+    if !path.is_absolute() {
+        return Err(Complaint::new(format!("{field}.path"), format!("{path:?} must be an absolute path")));
+    }
+    let timeout = match hook.timeout() {
+        None => None,
+        Some(seconds) => Some(u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).ok_or_else(|| {
+            Complaint::new(format!("{field}.timeout"), format!("{seconds} must be more than 0 seconds"))
+        })?),
+    };
+    let env = hook.env().clone().unwrap_or_default();
+    let words = || hook.args().iter().flatten().chain(&env).map(String::as_str).chain(path.to_str());
+    if words().any(|word| word.contains('\0')) {
+        return Err(Complaint::new(field, "has a zero byte in it, which no argument can have"));
+    }
+    if let Some(variable) = env.iter().find(|variable| !variable.contains('=')) {
+        return Err(Complaint::new(format!("{field}.env"), format!("{variable:?} must be KEY=value")));
+    }
+    let args = hook.args().clone().unwrap_or_default();
+    Ok(Hook { field, path, args, env, timeout: timeout.map(Duration::from_secs) })
+}

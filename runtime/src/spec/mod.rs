@@ -1,0 +1,214 @@
+//! The bundle's config.json, as far as the host must understand it: whether it is one at all, where the root file
+//! system lies if containerd passes none, what the host does for it (limits, bind mounts, hooks), and whether it asks for something
+//! of the host that a machine of its own cannot have. All of that is known before a machine starts. Everything else is the agent's
+//! to apply or refuse. Nothing in it is trusted: it comes with an image.
+
+pub mod binds;
+pub mod devices;
+pub mod hooks;
+pub mod namespaces;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use caisson_protos::agent::JoinedNamespace;
+use oci_spec::runtime::Spec;
+use serde_json::Value;
+
+use crate::resources::{Asked, ResourceError, guest::translate, size::MachineSize};
+use binds::Bind;
+use hooks::Hooks;
+use namespaces::Join;
+
+/// The largest config.json, bytes; the agent takes no more.
+pub const MAX_SIZE: u64 = 1 << 20;
+
+/// A config.json that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// It cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is too large.
+    #[error("{0} is larger than {MAX_SIZE} bytes")]
+    TooLarge(PathBuf),
+    /// It is no OCI runtime specification.
+    #[error("{path} is no OCI runtime specification: {message}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with line and column where there is one.
+        message: String,
+    },
+    /// A part that must be there is not, or cannot be what it is.
+    #[error("{path}: {field}: {message}")]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// Which.
+        field: String,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+/// What the host needs of a config.json.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BundleSpec {
+    /// Where it was read.
+    path: PathBuf,
+    /// The file as it is, for the agent.
+    pub json: Vec<u8>,
+    /// Its version, annotations: what hooks are told.
+    pub version: String,
+    /// See `version`.
+    pub annotations: BTreeMap<String, String>,
+    /// The bundle's own root directory.
+    pub rootfs: PathBuf,
+    /// How willingly the host may kill the pod when memory is short, -1000 (never) to 1000.
+    pub oom_score_adj: i32,
+    /// `linux.cgroupsPath`.
+    pub cgroups_path: Option<String>,
+    /// `linux.resources`.
+    pub asked: Asked,
+    /// Bind mounts.
+    pub binds: Vec<Bind>,
+    /// Namespaces of other containers.
+    pub joins: Vec<Join>,
+    /// Programs to run on the host.
+    pub hooks: Hooks,
+}
+
+impl BundleSpec {
+    /// Reads and checks `bundle`/config.json.
+    ///
+    /// # Errors
+    /// See [`SpecError`].
+    pub fn read(bundle: &Path) -> Result<Self, SpecError> {
+        let path = bundle.join("config.json");
+        // Most are smaller than this, and then one read takes it all.
+        let mut json = Vec::with_capacity(16 * 1024);
+        File::open(&path)
+            .and_then(|file| file.take(MAX_SIZE + 1).read_to_end(&mut json))
+            .map_err(|source| SpecError::Read { path: path.clone(), source })?;
+        if json.len() as u64 > MAX_SIZE {
+            return Err(SpecError::TooLarge(path));
+        }
+        let spec: Spec = serde_json::from_slice(&json)
+            .map_err(|error| SpecError::Malformed { path: path.clone(), message: error.to_string() })?;
+        let checked = Self::check(&spec, bundle, path.clone());
+        let mut read = checked.map_err(|Complaint { field, message }| SpecError::Field { path, field, message })?;
+        read.json = json;
+        Ok(read)
+    }
+
+    fn check(spec: &Spec, bundle: &Path, path: PathBuf) -> Result<Self, Complaint> {
+        if !spec.version().starts_with("1.") {
+            return Err(Complaint::new("ociVersion", "must be 1.x"));
+        }
+        let process = spec.process().as_ref().ok_or_else(|| Complaint::new("process", "is missing"))?;
+        if process.args().as_ref().is_none_or(Vec::is_empty) {
+            return Err(Complaint::new("process.args", "must name a program"));
+        }
+        if !process.cwd().is_absolute() {
+            return Err(Complaint::new("process.cwd", "must be an absolute path"));
+        }
+        let joins = namespaces::check(spec)?;
+        devices::check(spec)?;
+        let binds = binds::check(spec, bundle)?;
+        let hooks = hooks::check(spec)?;
+        let root = spec.root().as_ref().ok_or_else(|| Complaint::new("root", "is missing"))?;
+        let linux = spec.linux().as_ref();
+        let asked = linux.and_then(|linux| linux.resources().as_ref()).map(Asked::of).transpose()?.unwrap_or_default();
+        let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
+        Ok(Self {
+            path,
+            json: Vec::new(),
+            version: spec.version().clone(),
+            annotations: spec.annotations().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            rootfs: bundle.join(root.path()),
+            oom_score_adj: process.oom_score_adj().unwrap_or(0).clamp(-1000, 1000),
+            cgroups_path: cgroups_path.map(|path| path.to_string_lossy().into_owned()),
+            asked,
+            binds,
+            joins,
+            hooks,
+        })
+    }
+
+    /// Checks what only the pod's first container must not have: there is nobody yet whose namespace it could join.
+    ///
+    /// # Errors
+    /// [`SpecError::Field`].
+    pub fn check_first(&self) -> Result<(), SpecError> {
+        self.joined(0, "").map(drop)
+    }
+
+    /// The namespaces of the pod's first container that this one joins; `pid` is the pid of its task.
+    ///
+    /// # Errors
+    /// [`SpecError::Field`] if a path names another process.
+    pub fn joined(&self, pid: u32, container: &str) -> Result<Vec<JoinedNamespace>, SpecError> {
+        let join = |join: &Join| {
+            if join.pid != pid {
+                let message = format!("process {} is none of this pod: only a container of it can be joined", join.pid);
+                return Err(SpecError::Field { path: self.path.clone(), field: namespaces::field(join.kind), message });
+            }
+            let (type_, container_id) = (join.kind.to_owned(), container.to_owned());
+            Ok(JoinedNamespace { type_, container_id, ..JoinedNamespace::default() })
+        };
+        self.joins.iter().map(join).collect()
+    }
+
+    /// The specification for the agent in a machine of this size: without what only the host can do.
+    ///
+    /// # Errors
+    /// [`SpecError::Malformed`] never for a file that was read.
+    pub fn for_guest(&self, size: MachineSize) -> Result<Vec<u8>, SpecError> {
+        if self.asked.cpus.is_none() && self.asked.mems.is_none() && self.asked.io.is_empty() {
+            return Ok(self.json.clone());
+        }
+        let malformed =
+            |error: serde_json::Error| SpecError::Malformed { path: self.path.clone(), message: error.to_string() };
+        let mut spec: Value = serde_json::from_slice(&self.json).map_err(malformed)?;
+        let resources =
+            spec.get_mut("linux").and_then(|linux| linux.get_mut("resources")).and_then(Value::as_object_mut);
+        if let Some(resources) = resources
+            && translate(resources, &self.asked, size)
+        {
+            return serde_json::to_vec(&spec).map_err(malformed);
+        }
+        Ok(self.json.clone())
+    }
+}
+
+/// A field and what is wrong with it.
+#[derive(Debug)]
+struct Complaint {
+    field: String,
+    message: String,
+}
+
+impl Complaint {
+    fn new(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { field: field.into(), message: message.into() }
+    }
+}
+
+impl From<ResourceError> for Complaint {
+    fn from(ResourceError { field, message }: ResourceError) -> Self {
+        Self { field, message }
+    }
+}
+
+#[cfg(test)]
+mod tests;

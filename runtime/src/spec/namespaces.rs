@@ -1,0 +1,121 @@
+//! Which namespaces a container gets. It shares its pod's kernel, never the host's: a namespace that is not listed would be the
+//! host's and is refused, unless what is in the guest does as well (user, cgroup, time). A path can only lead to another container
+//! of this pod, which containerd knows by the pid of the pod's task.
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+
+use super::Complaint;
+
+/// Those that a container must have of its own or of its pod.
+const NEEDED: [LinuxNamespaceType; 5] = [
+    LinuxNamespaceType::Mount,
+    LinuxNamespaceType::Pid,
+    LinuxNamespaceType::Network,
+    LinuxNamespaceType::Ipc,
+    LinuxNamespaceType::Uts,
+];
+
+/// A namespace of another container of the pod that a container wants to be in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Join {
+    /// As the specification calls it.
+    pub kind: &'static str,
+    /// The pid in its path: containerd's pid of a task.
+    pub pid: u32,
+}
+
+/// The specification's name of a kind, and the name of its file in /proc/<pid>/ns.
+fn names(kind: LinuxNamespaceType) -> (&'static str, &'static str) {
+    match kind {
+        LinuxNamespaceType::Mount => ("mount", "mnt"),
+        LinuxNamespaceType::Cgroup => ("cgroup", "cgroup"),
+        LinuxNamespaceType::Uts => ("uts", "uts"),
+        LinuxNamespaceType::Ipc => ("ipc", "ipc"),
+        LinuxNamespaceType::User => ("user", "user"),
+        LinuxNamespaceType::Pid => ("pid", "pid"),
+        LinuxNamespaceType::Network => ("network", "net"),
+        LinuxNamespaceType::Time => ("time", "time"),
+    }
+}
+
+pub(super) fn field(kind: &str) -> String {
+    format!("linux.namespaces[{kind}]")
+}
+
+pub(super) fn check(spec: &Spec) -> Result<Vec<Join>, Complaint> {
+    let linux = spec.linux().as_ref().ok_or_else(|| Complaint::new("linux", "is missing"))?;
+    let listed = linux.namespaces().as_deref().unwrap_or_default();
+    let mut joins = Vec::new();
+    for (index, namespace) in listed.iter().enumerate() {
+        let name = names(namespace.typ()).0;
+        if listed.iter().take(index).any(|other| other.typ() == namespace.typ()) {
+            return Err(Complaint::new(field(name), "is listed twice"));
+        }
+        joins.extend(join(namespace)?);
+    }
+    for kind in NEEDED {
+        if !listed.iter().any(|namespace| namespace.typ() == kind) {
+            let name = names(kind).0;
+            let message = format!(
+                "is not listed, which asks for the host's: a container in a machine of its own cannot have the host's {name} namespace"
+            );
+            return Err(Complaint::new(field(name), message));
+        }
+    }
+    Ok(joins)
+}
+
+fn join(namespace: &LinuxNamespace) -> Result<Option<Join>, Complaint> {
+    let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) else { return Ok(None) };
+    let (kind, file) = names(namespace.typ());
+    let pid = path.to_str().and_then(|path| task_pid(path, file));
+    let message = || {
+        format!(
+            "{path:?} is a namespace of the host: only one of a container of the same pod can be joined, as /proc/<pid of the pod's task>/ns/{file}"
+        )
+    };
+    let pid = pid.ok_or_else(|| Complaint::new(field(kind), message()))?;
+    Ok(Some(Join { kind, pid }))
+}
+
+/// The pid in `/proc/<pid>/ns/<file>`.
+fn task_pid(path: &str, file: &str) -> Option<u32> {
+    let (pid, rest) = path.strip_prefix("/proc/")?.split_once('/')?;
+    let plain = pid.bytes().all(|byte| byte.is_ascii_digit()) && !pid.starts_with('0');
+    (plain && rest.strip_prefix("ns/") == Some(file)).then(|| pid.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn only_a_tasks_own_file_names_a_namespace() {
+        assert_eq!(task_pid("/proc/4711/ns/net", "net"), Some(4711));
+        for path in [
+            "/proc/4711/ns/ipc",
+            "/proc/self/ns/net",
+            "/proc/1/../2/ns/net",
+            "/proc/1/ns/net/",
+            "/proc/01/ns/net",
+            "/proc//ns/net",
+            "/proc/+1/ns/net",
+            "/var/run/netns/cni-1",
+            "/proc/99999999999/ns/net",
+            "proc/1/ns/net",
+            "/proc/1/task/1/ns/net",
+        ] {
+            assert_eq!(task_pid(path, "net"), None, "{path}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_path_is_read_or_not(path in "(/proc/)?.{0,10}(/ns/)?.{0,5}", pid: u32) {
+            let _ = task_pid(&path, "net");
+            prop_assert_eq!(task_pid(&format!("/proc/{pid}/ns/net"), "net"), Some(pid).filter(|pid| *pid > 0));
+        }
+    }
+}
