@@ -3,11 +3,13 @@
 //! - [`agent`]: the calls that the shim makes to the agent in the guest (ttrpc over vsock), generated from
 //!   `proto/agent.proto`;
 //! - [`monitor`]: the messages on caisson-vmm's control socket;
-//! - [`guest`]: ports, tags and paths that the host side and the guest side must agree on.
+//! - [`guest`]: ports, tags and paths that the host side and the guest side must agree on;
+//! - [`kvm`]: what of the host's KVM a machine needs.
 //!
 //! This crate holds types, constants and their encoding. It does no I/O.
 
 pub mod guest;
+pub mod kvm;
 pub mod monitor;
 
 #[allow(missing_docs, clippy::all)]

@@ -8,24 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kvm_ioctls::{Cap, Kvm};
+use caisson_protos::kvm::{API_VERSION, missing};
+use kvm_ioctls::Kvm;
 
-/// The KVM API's version, the same since Linux 2.6.22 (KVM_API_VERSION in linux/kvm.h).
-const KVM_API_VERSION: i32 = 12;
 const KVM: &str = "/dev/kvm";
-
-/// What the monitor uses.
-const CAPABILITIES: [(Cap, &str); 9] = [
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::MpState, "KVM_CAP_MP_STATE"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
-];
 
 /// A check that failed: what it looked at, what it found, what to do.
 #[derive(Debug, thiserror::Error)]
@@ -43,13 +29,13 @@ pub enum HostError {
     #[error("{KVM} cannot be opened: {0}: is another hypervisor using the processor's virtualisation?")]
     KvmOpen(io::Error),
     /// It is something else.
-    #[error("{KVM} answers with API version {found}, expected {KVM_API_VERSION}: it is not Linux KVM")]
+    #[error("{KVM} answers with API version {found}, expected {API_VERSION}: it is not Linux KVM")]
     KvmVersion {
         /// What it says.
         found: i32,
     },
     /// It lacks something.
-    #[error("{KVM} lacks {0}: a newer host kernel is needed (5.10 or later)")]
+    #[error("{KVM} lacks {0}: a newer host kernel is needed (5.12 or later)")]
     KvmCapability(&'static str),
     /// A file of ours.
     #[error("cannot read the {what} {path}: {source}: install it (make install) or name it in {config}", config = crate::config::DEFAULT_PATH)]
@@ -98,11 +84,11 @@ pub fn check_kvm() -> Result<(), HostError> {
     // SAFETY: the descriptor was just opened and is given away whole.
     let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
     let found = kvm.get_api_version();
-    if found != KVM_API_VERSION {
+    if found != API_VERSION {
         return Err(HostError::KvmVersion { found });
     }
-    match CAPABILITIES.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
-        Some((_, name)) => Err(HostError::KvmCapability(name)),
+    match missing(|number| kvm.check_extension_raw(number.into())) {
+        Some(name) => Err(HostError::KvmCapability(name)),
         None => Ok(()),
     }
 }

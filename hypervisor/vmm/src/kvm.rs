@@ -2,6 +2,7 @@
 
 use std::io;
 
+use caisson_protos::kvm::missing;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -10,17 +11,6 @@ use crate::{
     layout::{KVM_TSS, VIRTIO_MMIO},
     virtio::{GuestMemory, mmio::RegisterPages},
 };
-
-/// What we cannot do without, and the names by which an operator finds them.
-const NEEDED: [(Cap, &str); 7] = [
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-];
 
 /// KVM that cannot be used; each says which check failed.
 #[derive(Debug, thiserror::Error)]
@@ -85,8 +75,8 @@ pub fn open() -> Result<Kvm, KvmError> {
     if version != KVM_API_VERSION as i32 {
         return Err(KvmError::Version(version));
     }
-    match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-        Some((_, name)) => Err(KvmError::Capability(name)),
+    match missing(|number| kvm.check_extension_raw(number.into())) {
+        Some(name) => Err(KvmError::Capability(name)),
         None => Ok(kvm),
     }
 }
@@ -157,4 +147,26 @@ pub fn show_registers(kvm: &Kvm, vm: &VmFd, slot: usize, pages: &RegisterPages) 
 /// The call's.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))
+}
+
+#[cfg(test)]
+mod tests {
+    use caisson_protos::kvm::{API_VERSION, NEEDED};
+
+    use super::*;
+
+    #[test]
+    fn the_shared_numbers_are_the_kernels() {
+        let numbers = [
+            ("KVM_CAP_IRQCHIP", kvm_bindings::KVM_CAP_IRQCHIP),
+            ("KVM_CAP_USER_MEMORY", kvm_bindings::KVM_CAP_USER_MEMORY),
+            ("KVM_CAP_SET_TSS_ADDR", kvm_bindings::KVM_CAP_SET_TSS_ADDR),
+            ("KVM_CAP_EXT_CPUID", kvm_bindings::KVM_CAP_EXT_CPUID),
+            ("KVM_CAP_IRQFD", kvm_bindings::KVM_CAP_IRQFD),
+            ("KVM_CAP_IOEVENTFD", kvm_bindings::KVM_CAP_IOEVENTFD),
+            ("KVM_CAP_IMMEDIATE_EXIT", kvm_bindings::KVM_CAP_IMMEDIATE_EXIT),
+        ];
+        assert_eq!(NEEDED.map(|needed| (needed.name, needed.number)), numbers);
+        assert_eq!(API_VERSION, KVM_API_VERSION as i32);
+    }
 }
