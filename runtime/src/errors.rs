@@ -2,7 +2,7 @@
 
 use ttrpc::{Code, get_status};
 
-use crate::lifecycle::Refusal;
+use crate::{allotment::AllotmentError, lifecycle::Refusal};
 
 /// A task request that did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,7 +50,7 @@ impl TaskError {
         Self::new(Code::UNAVAILABLE, message)
     }
 
-    /// INTERNAL: the host refused something.
+    /// INTERNAL: a fault of the shim's own.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Code::INTERNAL, message)
     }
@@ -67,8 +67,9 @@ impl TaskError {
                 | Code::FAILED_PRECONDITION
                 | Code::INVALID_ARGUMENT
                 | Code::UNIMPLEMENTED) => Self::new(code, clean(status.message())),
-                Code::DEADLINE_EXCEEDED => {
-                    Self::new(Code::DEADLINE_EXCEEDED, format!("the agent's {call} took too long"))
+                Code::DEADLINE_EXCEEDED => Self::unavailable(format!("the agent's {call} took too long")),
+                Code::UNAVAILABLE | Code::RESOURCE_EXHAUSTED | Code::ABORTED | Code::CANCELLED => {
+                    Self::unavailable(format!("the agent cannot {call} now: {}", clean(status.message())))
                 }
                 _ => Self::internal(format!("the agent's {call} failed: {}", clean(status.message()))),
             },
@@ -91,9 +92,21 @@ impl From<Refusal> for TaskError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Finished => Self::not_found(refusal.to_string()),
-            Refusal::State { .. } | Refusal::Exec(_) | Refusal::NotCreated => {
-                Self::failed_precondition(refusal.to_string())
-            }
+            Refusal::State { .. }
+            | Refusal::Container { .. }
+            | Refusal::NotStarted(_)
+            | Refusal::Exec(_)
+            | Refusal::NotCreated => Self::failed_precondition(refusal.to_string()),
+        }
+    }
+}
+
+impl From<AllotmentError> for TaskError {
+    fn from(error: AllotmentError) -> Self {
+        let message = error.to_string();
+        match error {
+            AllotmentError::Malformed(_) | AllotmentError::Resource(_) => Self::invalid_argument(message),
+            AllotmentError::Cgroup(_) => Self::failed_precondition(message),
         }
     }
 }
@@ -117,5 +130,29 @@ mod tests {
         assert!(TaskError::from_agent("Start", &long).to_string().len() < 2000);
         let gone = TaskError::from_agent("Kill", &ttrpc::Error::RemoteClosed);
         assert_eq!(gone.code(), Code::UNAVAILABLE);
+    }
+
+    /// A guest can answer whatever it likes: containerd gets a code that it knows what to do with.
+    #[test]
+    fn every_code_of_the_agent_becomes_one_that_containerd_acts_on() {
+        use protobuf::Enum;
+        for code in Code::VALUES.iter().copied() {
+            let said = ttrpc::Error::RpcStatus(get_status(code, "words"));
+            let told = TaskError::from_agent("Stats", &said);
+            let expected = match code {
+                Code::NOT_FOUND
+                | Code::ALREADY_EXISTS
+                | Code::FAILED_PRECONDITION
+                | Code::INVALID_ARGUMENT
+                | Code::UNIMPLEMENTED => code,
+                Code::DEADLINE_EXCEEDED
+                | Code::UNAVAILABLE
+                | Code::RESOURCE_EXHAUSTED
+                | Code::ABORTED
+                | Code::CANCELLED => Code::UNAVAILABLE,
+                _ => Code::INTERNAL,
+            };
+            assert_eq!(told.code(), expected, "{code:?}");
+        }
     }
 }

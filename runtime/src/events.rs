@@ -13,7 +13,9 @@ use std::{
 };
 
 use containerd_shim_protos::{
-    events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart},
+    events::task::{
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+    },
     shim::{event::Envelope, events::ForwardRequest},
     shim_async::EventsClient,
     topics,
@@ -56,6 +58,9 @@ topics! {
     TaskStart => TASK_START_EVENT_TOPIC,
     TaskExecAdded => TASK_EXEC_ADDED_EVENT_TOPIC,
     TaskExecStarted => TASK_EXEC_STARTED_EVENT_TOPIC,
+    TaskOOM => TASK_OOM_EVENT_TOPIC,
+    TaskPaused => TASK_PAUSED_EVENT_TOPIC,
+    TaskResumed => TASK_RESUMED_EVENT_TOPIC,
     TaskExit => TASK_EXIT_EVENT_TOPIC,
     TaskDelete => TASK_DELETE_EVENT_TOPIC,
 }
@@ -127,18 +132,20 @@ impl Publisher {
         }
     }
 
+    /// Waits until every event has been delivered.
+    pub async fn delivered(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.waiting.load(Ordering::Relaxed) == 0 {
+                break;
+            }
+            idle.await;
+        }
+    }
+
     /// Waits until every event has been delivered, but no longer than `limit`.
     pub async fn flush(&self, limit: Duration) {
-        let all = async {
-            loop {
-                let idle = self.idle.notified();
-                if self.waiting.load(Ordering::Relaxed) == 0 {
-                    break;
-                }
-                idle.await;
-            }
-        };
-        if timeout(limit, all).await.is_err() {
+        if timeout(limit, self.delivered()).await.is_err() {
             warn!(self.log, "events undelivered at the end"; "waiting" => self.waiting.load(Ordering::Relaxed));
         }
     }

@@ -11,7 +11,8 @@
 //!     └─delete─► delete (after the end, whatever it was)
 //! ```
 //!
-//! Pure, with property tests: [`flags`], [`lifecycle`], [`tasks`], [`mount`]'s plans, [`config`], [`spec`], [`options`].
+//! Pure, with property tests: [`flags`], [`lifecycle`], [`tasks`], [`mount`]'s plans, [`config`], [`spec`], [`options`],
+//! [`metrics`], [`update`].
 //! Not trusted: containerd's clients in what they ask for, images in their specs, the guest in everything it says.
 
 pub mod allotment;
@@ -32,6 +33,7 @@ pub mod info;
 pub mod launch;
 pub mod lifecycle;
 pub mod machine;
+pub mod metrics;
 pub mod mount;
 pub mod options;
 pub mod paths;
@@ -45,3 +47,4 @@ pub mod start;
 pub mod stdio;
 pub mod tasks;
 pub mod timeline;
+pub mod update;

@@ -13,6 +13,11 @@
 //!                            │ begin_delete (also from Created: it is killed first)
 //!                            ▼
 //!                         Deleting ── delete_failed ──► Stopped
+//!
+//!          begin_pause          paused          begin_resume
+//!  Running ──────────► Pausing ────────► Paused ────────────► Resuming ── resumed ──► Running      (init processes only,
+//!     ▲                   │ pause_failed   ▲                      │ resume_failed                   `exited` from any)
+//!     └───────────────────┘                └──────────────────────┘
 //! ```
 
 use std::time::SystemTime;
@@ -36,8 +41,21 @@ pub enum Status {
     Created,
     /// It runs.
     Running,
+    /// Its container is being paused.
+    Pausing,
+    /// Its container is paused.
+    Paused,
     /// It has ended.
     Stopped,
+}
+
+/// Where a container that runs is between running and paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Freezer {
+    Thawed,
+    Pausing,
+    Paused,
+    Resuming,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +64,7 @@ enum Phase {
     Created,
     /// The agent was asked to start it; an exit that came before the answer waits here.
     Starting(Option<Exit>),
-    Running,
+    Running(Freezer),
     Stopped(Exit),
     /// None: it was never started and never ran.
     Deleting(Option<Exit>),
@@ -63,6 +81,17 @@ pub enum Refusal {
         /// What it is.
         state: &'static str,
     },
+    /// FAILED_PRECONDITION.
+    #[error("cannot {verb} a {state} container")]
+    Container {
+        /// What was asked.
+        verb: &'static str,
+        /// What it is.
+        state: &'static str,
+    },
+    /// FAILED_PRECONDITION: it does not run yet.
+    #[error("cannot {0} task in created state")]
+    NotStarted(&'static str),
     /// FAILED_PRECONDITION: nothing can be added to a container without a living init process.
     #[error("cannot exec in a {0} state")]
     Exec(&'static str),
@@ -92,7 +121,8 @@ impl Process {
             Phase::Preparing => "not yet created",
             Phase::Created => "created",
             Phase::Starting(_) => "starting",
-            Phase::Running => "running",
+            Phase::Running(Freezer::Thawed) => "running",
+            Phase::Running(_) => "paused",
             Phase::Stopped(_) => "stopped",
             Phase::Deleting(_) => "deleted",
         }
@@ -126,7 +156,7 @@ impl Process {
     #[must_use]
     pub fn started(&mut self) -> Option<Exit> {
         let Phase::Starting(exit) = self.phase else { return None };
-        self.phase = exit.map_or(Phase::Running, Phase::Stopped);
+        self.phase = exit.map_or(Phase::Running(Freezer::Thawed), Phase::Stopped);
         exit
     }
 
@@ -143,7 +173,7 @@ impl Process {
     pub fn exited(&mut self, exit: Exit) -> Option<Exit> {
         match &mut self.phase {
             Phase::Created if !self.is_init => None,
-            Phase::Created | Phase::Running => {
+            Phase::Created | Phase::Running(_) => {
                 self.phase = Phase::Stopped(exit);
                 Some(exit)
             }
@@ -163,7 +193,7 @@ impl Process {
         match self.phase {
             Phase::Created if !self.is_init => Err(Refusal::NotCreated),
             Phase::Preparing => Err(Refusal::NotCreated),
-            Phase::Created | Phase::Starting(_) | Phase::Running => Ok(()),
+            Phase::Created | Phase::Starting(_) | Phase::Running(_) => Ok(()),
             Phase::Stopped(_) | Phase::Deleting(_) => Err(Refusal::Finished),
         }
     }
@@ -171,11 +201,110 @@ impl Process {
     /// May processes be added to the container whose init process this is?
     ///
     /// # Errors
-    /// If it has ended or is not there yet.
+    /// If it has ended, is paused or is not there yet.
     pub fn check_exec(&self) -> Result<(), Refusal> {
         match self.phase {
-            Phase::Created | Phase::Starting(_) | Phase::Running => Ok(()),
+            Phase::Created | Phase::Starting(_) | Phase::Running(Freezer::Thawed) => Ok(()),
             _ => Err(Refusal::Exec(self.state())),
+        }
+    }
+
+    /// May its terminal get another size?
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn check_resize(&self) -> Result<(), Refusal> {
+        match self.phase {
+            Phase::Stopped(_) => Err(Refusal::Container { verb: "resize", state: "stopped" }),
+            Phase::Deleting(_) => Err(self.refuse("resize")),
+            _ => Ok(()),
+        }
+    }
+
+    /// May the container's limits be changed?
+    ///
+    /// # Errors
+    /// If it has ended or is not there yet.
+    pub fn check_update(&self) -> Result<(), Refusal> {
+        match self.phase {
+            Phase::Created | Phase::Starting(_) | Phase::Running(_) => Ok(()),
+            Phase::Preparing => Err(Refusal::NotCreated),
+            Phase::Stopped(_) => Err(Refusal::Container { verb: "update", state: "stopped" }),
+            Phase::Deleting(_) => Err(self.refuse("update")),
+        }
+    }
+
+    /// May the container be paused? If so, ask the agent, and tell the answer by [`paused`](Self::paused) or
+    /// [`pause_failed`](Self::pause_failed).
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn begin_pause(&mut self) -> Result<(), Refusal> {
+        match self.phase {
+            Phase::Running(Freezer::Thawed) => {
+                self.phase = Phase::Running(Freezer::Pausing);
+                Ok(())
+            }
+            Phase::Running(_) | Phase::Stopped(_) => Err(Refusal::Container { verb: "pause", state: self.state() }),
+            Phase::Deleting(_) => Err(self.refuse("pause")),
+            Phase::Preparing | Phase::Created | Phase::Starting(_) => Err(Refusal::NotStarted("pause")),
+        }
+    }
+
+    /// It stands still.
+    ///
+    /// # Errors
+    /// If it ended on the way: then nobody is told that it was paused.
+    pub fn paused(&mut self) -> Result<(), Refusal> {
+        if self.phase != Phase::Running(Freezer::Pausing) {
+            return Err(Refusal::Container { verb: "pause", state: self.state() });
+        }
+        self.phase = Phase::Running(Freezer::Paused);
+        Ok(())
+    }
+
+    /// It could not be paused and goes on.
+    pub fn pause_failed(&mut self) {
+        if self.phase == Phase::Running(Freezer::Pausing) {
+            self.phase = Phase::Running(Freezer::Thawed);
+        }
+    }
+
+    /// May the container be resumed? If so, ask the agent, and tell the answer by [`resumed`](Self::resumed) or
+    /// [`resume_failed`](Self::resume_failed).
+    ///
+    /// # Errors
+    /// If it is not paused.
+    pub fn begin_resume(&mut self) -> Result<(), Refusal> {
+        match self.phase {
+            Phase::Running(Freezer::Paused) => {
+                self.phase = Phase::Running(Freezer::Resuming);
+                Ok(())
+            }
+            Phase::Running(Freezer::Thawed) | Phase::Deleting(_) => Err(self.refuse("resume")),
+            Phase::Running(Freezer::Pausing) => Err(Refusal::Container { verb: "resume", state: "pausing" }),
+            Phase::Running(Freezer::Resuming) => Err(Refusal::Container { verb: "resume", state: "resuming" }),
+            Phase::Stopped(_) => Err(Refusal::Container { verb: "resume", state: "stopped" }),
+            Phase::Preparing | Phase::Created | Phase::Starting(_) => Err(Refusal::NotStarted("resume")),
+        }
+    }
+
+    /// It goes on.
+    ///
+    /// # Errors
+    /// If it ended on the way: then nobody is told that it was resumed.
+    pub fn resumed(&mut self) -> Result<(), Refusal> {
+        if self.phase != Phase::Running(Freezer::Resuming) {
+            return Err(Refusal::Container { verb: "resume", state: self.state() });
+        }
+        self.phase = Phase::Running(Freezer::Thawed);
+        Ok(())
+    }
+
+    /// It could not be resumed and stands still.
+    pub fn resume_failed(&mut self) {
+        if self.phase == Phase::Running(Freezer::Resuming) {
+            self.phase = Phase::Running(Freezer::Paused);
         }
     }
 
@@ -208,7 +337,9 @@ impl Process {
     pub fn status(&self) -> Status {
         match self.phase {
             Phase::Preparing | Phase::Created => Status::Created,
-            Phase::Starting(_) | Phase::Running => Status::Running,
+            Phase::Starting(_) | Phase::Running(Freezer::Thawed) => Status::Running,
+            Phase::Running(Freezer::Pausing) => Status::Pausing,
+            Phase::Running(Freezer::Paused | Freezer::Resuming) => Status::Paused,
             Phase::Stopped(_) | Phase::Deleting(_) => Status::Stopped,
         }
     }
@@ -238,6 +369,12 @@ mod tests {
         Exited(u32),
         BeginDelete,
         DeleteFailed,
+        BeginPause,
+        Paused,
+        PauseFailed,
+        BeginResume,
+        Resumed,
+        ResumeFailed,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -249,6 +386,12 @@ mod tests {
             (0u32..256).prop_map(Step::Exited),
             Just(Step::BeginDelete),
             Just(Step::DeleteFailed),
+            Just(Step::BeginPause),
+            Just(Step::Paused),
+            Just(Step::PauseFailed),
+            Just(Step::BeginResume),
+            Just(Step::Resumed),
+            Just(Step::ResumeFailed),
         ]
     }
 
@@ -258,11 +401,13 @@ mod tests {
 
     proptest! {
         /// Whatever order answers and requests come in: the exit is told at most once and never before the start,
-        /// a process that once stopped stays stopped, and its exit never changes.
+        /// a process that once stopped stays stopped, and its exit never changes. Pauses and resumes are told in turn, and only
+        /// of a process that runs.
         #[test]
-        fn news_is_told_once_and_in_order(is_init: bool, steps in proptest::collection::vec(step(), 0..24)) {
+        fn news_is_told_once_and_in_order(is_init: bool, steps in proptest::collection::vec(step(), 0..32)) {
             let mut process = Process::new(is_init);
             let (mut asked, mut told_start, mut told_exit) = (false, false, None::<Exit>);
+            let mut told_paused = false;
             for step in steps {
                 let before = process.status();
                 let news = match step {
@@ -278,6 +423,27 @@ mod tests {
                     Step::Exited(status) => process.exited(exit(status)),
                     Step::BeginDelete => { let _ = process.begin_delete(); None }
                     Step::DeleteFailed => { process.delete_failed(SystemTime::UNIX_EPOCH); None }
+                    Step::BeginPause => {
+                        prop_assert_eq!(process.begin_pause().is_ok(), before == Status::Running && told_start);
+                        None
+                    }
+                    Step::Paused => {
+                        if process.paused().is_ok() {
+                            prop_assert!(before == Status::Pausing && !told_paused);
+                            told_paused = true;
+                        }
+                        None
+                    }
+                    Step::PauseFailed => { process.pause_failed(); None }
+                    Step::BeginResume => { let _ = process.begin_resume(); None }
+                    Step::Resumed => {
+                        if process.resumed().is_ok() {
+                            prop_assert!(before == Status::Paused && told_paused);
+                            told_paused = false;
+                        }
+                        None
+                    }
+                    Step::ResumeFailed => { process.resume_failed(); None }
                 };
                 if let Some(exit) = news {
                     prop_assert_eq!(told_exit, None, "told twice");
@@ -289,9 +455,13 @@ mod tests {
                 if before == Status::Stopped {
                     prop_assert_eq!(process.status(), Status::Stopped);
                 }
+                if process.status() != Status::Stopped {
+                    prop_assert_eq!(process.status() == Status::Paused, told_paused);
+                }
                 if let Some(exit) = told_exit {
                     prop_assert_eq!(process.exit(), Some(exit));
                     prop_assert!(process.check_kill().is_err() && process.begin_start().is_err());
+                    prop_assert!(process.begin_pause().is_err() && process.begin_resume().is_err());
                 }
             }
         }
@@ -328,6 +498,46 @@ mod tests {
         assert!(process.begin_delete().is_err(), "one Delete at a time");
         process.delete_failed(SystemTime::UNIX_EPOCH);
         assert_eq!((process.begin_delete(), process.exit()), (Ok(false), Some(exit(0))));
+    }
+
+    #[test]
+    fn pause_and_resume_in_every_state() {
+        let mut process = Process::new(true);
+        let words = |refusal: Result<(), Refusal>| refusal.unwrap_err().to_string();
+        assert_eq!(words(process.check_update()), "process not created");
+        process.prepared();
+        assert_eq!(words(process.begin_pause()), "cannot pause task in created state");
+        assert_eq!(words(process.begin_resume()), "cannot resume task in created state");
+        assert_eq!(process.check_update(), Ok(()));
+        process.begin_start().unwrap();
+        assert_eq!(process.started(), None);
+        assert_eq!(words(process.begin_resume()), "cannot resume a running process");
+        process.begin_pause().unwrap();
+        assert_eq!(process.status(), Status::Pausing);
+        assert_eq!(words(process.begin_pause()), "cannot pause a paused container");
+        assert_eq!(words(process.begin_resume()), "cannot resume a pausing container");
+        process.pause_failed();
+        assert_eq!(process.status(), Status::Running);
+        process.begin_pause().unwrap();
+        process.paused().unwrap();
+        assert_eq!(process.status(), Status::Paused);
+        assert_eq!(words(process.begin_pause()), "cannot pause a paused container");
+        assert_eq!(words(process.begin_start()), "cannot start a paused process");
+        assert_eq!(words(process.check_exec()), "cannot exec in a paused state");
+        assert_eq!(words(process.begin_delete().map(drop)), "cannot delete a paused process");
+        assert_eq!((process.check_update(), process.check_kill()), (Ok(()), Ok(())));
+        process.begin_resume().unwrap();
+        assert_eq!(process.status(), Status::Paused, "until it runs");
+        process.resume_failed();
+        process.begin_resume().unwrap();
+        process.resumed().unwrap();
+        assert_eq!(process.status(), Status::Running);
+        process.begin_pause().unwrap();
+        assert!(process.exited(exit(137)).is_some());
+        assert_eq!(words(process.paused()), "cannot pause a stopped container");
+        assert_eq!(words(process.begin_pause()), "cannot pause a stopped container");
+        assert_eq!(words(process.begin_resume()), "cannot resume a stopped container");
+        assert_eq!(words(process.check_update()), "cannot update a stopped container");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use containerd_shim_protos::{
     },
     shim_async::{Task, create_task},
 };
+use protobuf::MessageField;
 use tokio::time::timeout;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
@@ -43,10 +44,6 @@ async fn detached<T: Send + 'static>(
 ) -> ttrpc::Result<T> {
     let done = tokio::spawn(work).await;
     Ok(done.unwrap_or_else(|_| Err(TaskError::internal("the request's task failed")))?)
-}
-
-fn refuse<T>(verb: &str) -> ttrpc::Result<T> {
-    Err(TaskError::unimplemented(verb).into())
 }
 
 #[async_trait]
@@ -97,9 +94,8 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        if request.stdin {
-            self.pod.close_stdin(&Name::new(&request.id, &request.exec_id))?;
-        }
+        // Standard input is all that can be closed; like containerd's own shim this one needs not be told twice.
+        self.pod.close_stdin(&Name::new(&request.id, &request.exec_id))?;
         Ok(Empty::new())
     }
 
@@ -113,32 +109,41 @@ impl Task for TaskService {
         Ok(ConnectResponse { shim_pid, task_pid, ..ConnectResponse::default() })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         let pod = Arc::clone(&self.pod);
-        let ending = tokio::spawn(async move { pod.shutdown(request.now).await });
+        // `now` does not count: a pod with containers goes on, as with containerd's own shim.
+        let ending = tokio::spawn(async move { pod.shutdown(false).await });
         // containerd waits three seconds for this answer; a machine on a crowded host may take longer to be gone, and then
         // goes on ending behind it.
         let _ = timeout(SHUTDOWN_ANSWER, ending).await;
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        refuse("Pause")
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        detached(async move { pod.pause(&request.id).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        refuse("Resume")
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        detached(async move { pod.resume(&request.id).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        refuse("Checkpoint")
+    async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        self.pod.state(&Name::new(&request.id, ""))?;
+        Err(TaskError::unimplemented("Checkpoint").into())
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        refuse("Update")
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        detached(async move { pod.update(&request).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        refuse("Stats")
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let stats = self.pod.stats(&request.id).await?;
+        Ok(StatsResponse { stats: MessageField::some(stats), ..StatsResponse::default() })
     }
 }

@@ -6,10 +6,10 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use containerd_shim_protos::{
     api::{StateResponse, Status as ApiStatus},
-    events::task::{TaskExecStarted, TaskExit, TaskStart},
+    events::task::{TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart},
 };
 use protobuf::EnumOrUnknown;
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
     errors::TaskError,
@@ -84,6 +84,8 @@ pub struct Container {
     pub rootfs: Option<Rootfs>,
     /// Its hooks that have not run yet.
     pub hooks: Option<Box<Pending>>,
+    /// What watches it for kills for want of memory, once it was started.
+    pub oom_watch: JoinSet<()>,
 }
 
 /// See the module's introduction.
@@ -127,6 +129,7 @@ impl<N: News> Tasks<N> {
             binds: None,
             rootfs: None,
             hooks: None,
+            oom_watch: JoinSet::new(),
         };
         self.containers.insert(id.to_owned(), container);
         Ok(())
@@ -168,6 +171,64 @@ impl<N: News> Tasks<N> {
         }
         let missing = || TaskError::not_found(format!("process does not exist {}", name.exec));
         container.execs.get_mut(&name.exec).ok_or_else(missing)
+    }
+
+    /// May a process be started? If so, ask the agent, and tell the answer by [`started`](Self::started) or
+    /// [`start_failed`](Self::start_failed).
+    ///
+    /// # Errors
+    /// NOT_FOUND, FAILED_PRECONDITION.
+    pub fn begin_start(&mut self, name: &Name) -> Result<(), TaskError> {
+        self.entry(name)?;
+        if !name.exec.is_empty() {
+            self.container(&name.container)?.init.process.check_exec()?;
+        }
+        Ok(self.entry(name)?.process.begin_start()?)
+    }
+
+    /// The container stands still.
+    ///
+    /// # Errors
+    /// NOT_FOUND or FAILED_PRECONDITION if it ended or was removed meanwhile.
+    pub fn paused(&mut self, id: &str) -> Result<(), TaskError> {
+        self.container(id)?.init.process.paused()?;
+        self.news.tell(&TaskPaused { container_id: id.to_owned(), ..TaskPaused::default() });
+        Ok(())
+    }
+
+    /// The container goes on.
+    ///
+    /// # Errors
+    /// NOT_FOUND or FAILED_PRECONDITION if it ended or was removed meanwhile.
+    pub fn resumed(&mut self, id: &str) -> Result<(), TaskError> {
+        self.container(id)?.init.process.resumed()?;
+        self.news.tell(&TaskResumed { container_id: id.to_owned(), ..TaskResumed::default() });
+        Ok(())
+    }
+
+    /// The guest's kernel has killed in the container for want of memory.
+    pub fn out_of_memory(&mut self, id: &str) {
+        if self.containers.contains_key(id) {
+            self.news.tell(&TaskOOM { container_id: id.to_owned(), ..TaskOOM::default() });
+        }
+    }
+
+    /// Whether the container has an exec of this name.
+    pub fn has_exec(&self, id: &str, exec: &str) -> bool {
+        self.containers.get(id).is_some_and(|container| container.execs.contains_key(exec))
+    }
+
+    /// Waits until the execs of a container that run now have ended.
+    pub fn execs_ended(&self, id: &str) -> impl Future<Output = ()> + use<N> {
+        let execs = self.containers.get(id).into_iter().flat_map(|container| container.execs.values());
+        let running = execs.filter(|exec| exec.process.status() == Status::Running);
+        let mut exits: Vec<_> = running.map(|exec| exec.exit.subscribe()).collect();
+        async move {
+            for exit in &mut exits {
+                // An error: it was deleted meanwhile.
+                let _ = exit.wait_for(Option::is_some).await;
+            }
+        }
     }
 
     /// Takes a process out of the book; for an init process its container.
@@ -271,11 +332,19 @@ impl<N: News> Tasks<N> {
     /// # Errors
     /// NOT_FOUND.
     pub fn state(&mut self, name: &Name) -> Result<StateResponse, TaskError> {
-        let bundle = self.container(&name.container)?.bundle.clone();
+        let container = self.container(&name.container)?;
+        let (bundle, of_container) = (container.bundle.clone(), container.init.process.status());
         let entry = self.entry(name)?;
-        let status = match entry.process.status() {
+        let status = match of_container {
+            // So is everything in it, whatever else it is.
+            Status::Pausing | Status::Paused => of_container,
+            _ => entry.process.status(),
+        };
+        let status = match status {
             Status::Created => ApiStatus::CREATED,
             Status::Running => ApiStatus::RUNNING,
+            Status::Pausing => ApiStatus::PAUSING,
+            Status::Paused => ApiStatus::PAUSED,
             Status::Stopped => ApiStatus::STOPPED,
         };
         let exit = entry.process.exit();
@@ -371,6 +440,62 @@ mod tests {
         assert_eq!(topics(&tasks), ["/tasks/start", "/tasks/exit"]);
         let state = tasks.state(&init).unwrap();
         assert_eq!((state.status.unwrap(), state.exit_status), (ApiStatus::STOPPED, 3));
+    }
+
+    fn started(tasks: &mut Tasks<Heard>, name: &Name) {
+        tasks.entry(name).unwrap().process.prepared();
+        tasks.begin_start(name).unwrap();
+        tasks.started(name).unwrap();
+    }
+
+    #[test]
+    fn a_paused_container_pauses_its_execs_and_is_told_in_turn() {
+        let mut tasks = book();
+        let (init, exec) = (Name::new("one", ""), Name::new("one", "x"));
+        started(&mut tasks, &init);
+        tasks.add_exec(&exec, Stdio::default()).unwrap();
+        started(&mut tasks, &exec);
+        tasks.add_exec(&Name::new("one", "late"), Stdio::default()).unwrap();
+        let status = |tasks: &mut Tasks<Heard>, name: &Name| tasks.state(name).unwrap().status.unwrap();
+        tasks.entry(&init).unwrap().process.begin_pause().unwrap();
+        assert_eq!(status(&mut tasks, &exec), ApiStatus::PAUSING);
+        tasks.paused("one").unwrap();
+        assert_eq!((status(&mut tasks, &init), status(&mut tasks, &exec)), (ApiStatus::PAUSED, ApiStatus::PAUSED));
+        let late = tasks.begin_start(&Name::new("one", "late")).unwrap_err();
+        assert_eq!(
+            (late.code(), late.to_string().as_str()),
+            (ttrpc::Code::FAILED_PRECONDITION, "cannot exec in a paused state")
+        );
+        tasks.entry(&init).unwrap().process.begin_resume().unwrap();
+        tasks.resumed("one").unwrap();
+        assert_eq!(status(&mut tasks, &exec), ApiStatus::RUNNING);
+        tasks.out_of_memory("one");
+        tasks.out_of_memory("two");
+        let told = ["/tasks/start", "/tasks/exec-started", "/tasks/paused", "/tasks/resumed", "/tasks/oom"];
+        assert_eq!(topics(&tasks), told);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_the_execs_waits_for_those_that_run() {
+        let mut tasks = book();
+        started(&mut tasks, &Name::new("one", ""));
+        let (exec, deleted, unstarted) = (Name::new("one", "x"), Name::new("one", "y"), Name::new("one", "z"));
+        for name in [&exec, &deleted, &unstarted] {
+            tasks.add_exec(name, Stdio::default()).unwrap();
+        }
+        started(&mut tasks, &exec);
+        started(&mut tasks, &deleted);
+        let mut ended = Box::pin(tasks.execs_ended("one"));
+        assert!(is_pending(&mut ended));
+        assert!(tasks.exited(&exec, exit(1)));
+        assert!(is_pending(&mut ended));
+        drop(tasks.remove(&deleted));
+        ended.await;
+    }
+
+    fn is_pending(future: &mut (impl Future<Output = ()> + Unpin)) -> bool {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        std::pin::Pin::new(future).poll(&mut context).is_pending()
     }
 
     #[tokio::test]

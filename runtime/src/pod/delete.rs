@@ -51,7 +51,6 @@ impl Pod {
         if name.exec.is_empty() {
             tasks.news().publish(&TaskDelete {
                 container_id: name.container.clone(),
-                id: name.container.clone(),
                 pid,
                 exit_status: exit.status,
                 exited_at: timestamp(exit.at),
@@ -78,6 +77,9 @@ impl Pod {
             && !drained.await
         {
             debug!(self.log, "output left unread"; "process" => name.id());
+        }
+        if name.exec.is_empty() {
+            self.oom_told(&name.container).await;
         }
         let request = process_request(name);
         match self.agent_call("Delete", machine.agent.delete(limited(), &request)).await {

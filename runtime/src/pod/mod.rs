@@ -6,6 +6,7 @@ mod container;
 mod create;
 mod delete;
 pub mod hooks;
+mod oom;
 mod process;
 
 use std::{
@@ -13,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use caisson_protos::agent::ProcessRequest;
+use caisson_protos::agent::{ContainerRequest, ProcessRequest};
 use containerd_shim_protos::api::StateResponse;
 use slog::{Logger, error};
 use tokio::{sync::watch, time::timeout};
@@ -79,6 +80,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn container_request(id: &str) -> ContainerRequest {
+    ContainerRequest { container_id: id.to_owned(), ..ContainerRequest::default() }
+}
+
 fn process_request(name: &Name) -> ProcessRequest {
     ProcessRequest { container_id: name.container.clone(), exec_id: name.exec.clone(), ..ProcessRequest::default() }
 }
@@ -117,6 +122,7 @@ impl Pod {
     fn tasks(&self) -> MutexGuard<'_, Tasks<Publisher>> {
         lock(&self.tasks)
     }
+
     /// The answer of the agent or, if the machine ends first, why it did.
     async fn agent_call<T>(
         &self,
@@ -140,6 +146,7 @@ impl Pod {
             reason = self.machine.lost() => Err(TaskError::unavailable(reason.as_ref())),
         }
     }
+
     /// Task.State.
     ///
     /// # Errors

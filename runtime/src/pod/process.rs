@@ -1,24 +1,30 @@
 //! What is asked of one process: start it, add one, signal it, its terminal and its input; and the watch over its end.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use caisson_protos::agent::{ExecRequest, KillRequest, ResizePtyRequest, WaitResponse};
 use containerd_shim_protos::{api::ExecProcessRequest, events::task::TaskExecAdded};
 use protobuf::MessageField;
-use slog::error;
+use slog::{error, warn};
 use tokio::time::timeout;
-use ttrpc::context::Context;
+use ttrpc::{Code, context::Context};
 
 use super::{LAST_WORDS, Pod, limited, process_request};
 use crate::{
     errors::TaskError,
     flags::is_identifier,
-    lifecycle::{Exit, KILLED},
+    lifecycle::{Exit, KILLED, Refusal},
     machine::Machine,
     stdio::{Fifos, Stdio},
     tasks::Name,
     timeline::Stage,
 };
+
+/// How long the exits of a container's execs may come behind its own.
+const LAST_EXECS: Duration = Duration::from_secs(1);
 
 /// The guest's word on how a process ended: its status is one byte, whatever the guest says. The time is the host's own,
 /// because a guest's clock may be anything.
@@ -31,10 +37,16 @@ impl Pod {
     pub(super) async fn watch_process(self: Arc<Self>, name: Name, machine: Arc<Machine>) {
         match machine.agent.wait(Context::default(), &process_request(&name)).await {
             Ok(response) => {
-                self.tasks().exited(&name, exit_of(&response));
+                let exit = exit_of(&response);
                 if name.exec.is_empty() {
+                    // With the init process the execs were killed; theirs is told first.
+                    let execs_ended = self.tasks().execs_ended(&name.container);
+                    if timeout(LAST_EXECS, execs_ended).await.is_err() {
+                        warn!(self.log, "execs outlive their container"; "container" => &name.container);
+                    }
                     self.timeline.log(&self.log);
                 }
+                self.tasks().exited(&name, exit);
             }
             // The machine's end tells all exits, and a process that was deleted is nobody's concern. Otherwise the agent has
             // lost its process or its connection, and nothing in the pod can be relied on any more.
@@ -54,7 +66,7 @@ impl Pod {
     /// # Errors
     /// NOT_FOUND, FAILED_PRECONDITION, or why the program does not run.
     pub async fn start(self: &Arc<Self>, name: Name) -> Result<u32, TaskError> {
-        self.tasks().entry(&name)?.process.begin_start()?;
+        self.tasks().begin_start(&name)?;
         let started = match self.machine.get() {
             Ok(machine) => {
                 let request = process_request(&name);
@@ -64,29 +76,28 @@ impl Pod {
             Err(error) => Err(error),
         };
         match started {
-            Ok(machine) => {
-                if name.exec.is_empty() {
-                    self.timeline.mark(Stage::ContainerStarted);
-                } else {
-                    tokio::spawn(Arc::clone(self).watch_process(name.clone(), machine));
-                }
+            Ok(machine) if name.exec.is_empty() => {
+                self.timeline.mark(Stage::ContainerStarted);
                 let pid = self.tasks().started(&name)?;
-                if name.exec.is_empty() {
-                    self.run_poststart(&name).await;
-                }
+                self.watch_oom(&name.container, machine);
+                self.run_poststart(&name).await;
                 Ok(pid)
+            }
+            Ok(machine) => {
+                tokio::spawn(Arc::clone(self).watch_process(name.clone(), machine));
+                self.tasks().started(&name)
             }
             Err(error) => {
                 // As a shell has it: 127 no such program, 126 not to be executed; with its machine it was killed.
                 let status = match error.code() {
-                    ttrpc::Code::NOT_FOUND => 127,
-                    ttrpc::Code::INVALID_ARGUMENT => 126,
+                    Code::NOT_FOUND => 127,
+                    Code::INVALID_ARGUMENT => 126,
                     _ => KILLED,
                 };
                 self.tasks().start_failed(&name, Exit { status, at: SystemTime::now() });
                 // containerd takes NOT_FOUND for "no such task".
                 let error = match error.code() {
-                    ttrpc::Code::NOT_FOUND => TaskError::failed_precondition(error.to_string()),
+                    Code::NOT_FOUND => TaskError::failed_precondition(error.to_string()),
                     _ => error,
                 };
                 Err(error.context(if name.exec.is_empty() {
@@ -136,14 +147,22 @@ impl Pod {
         Ok(())
     }
 
-    /// Task.Kill.
+    /// Task.Kill. `all` is for containers: an exec is signalled alone. Signal 0 only asks whether there is something to signal.
     ///
     /// # Errors
-    /// NOT_FOUND if there is nothing to signal.
+    /// NOT_FOUND if there is not, FAILED_PRECONDITION if there is not yet, INVALID_ARGUMENT.
     pub async fn kill(&self, name: &Name, signal: u32, all: bool) -> Result<(), TaskError> {
-        self.tasks().entry(name)?.process.check_kill()?;
-        if !(1..=64).contains(&signal) {
+        let all = all && name.exec.is_empty();
+        match self.tasks().entry(name)?.process.check_kill() {
+            // It went down with its init process.
+            Err(Refusal::Finished) if all => return Ok(()),
+            checked => checked?,
+        }
+        if signal > 64 {
             return Err(TaskError::invalid_argument(format!("signal {signal} is none of 1 to 64")));
+        }
+        if signal == 0 {
+            return Ok(());
         }
         let machine = self.machine.get()?;
         let request = KillRequest {
@@ -154,22 +173,33 @@ impl Pod {
             ..KillRequest::default()
         };
         let killed = self.agent_call("Kill", machine.agent.kill(limited(), &request)).await;
-        killed.map(drop).map_err(|error| match error.code() {
+        match killed {
             // It ended a moment ago.
-            ttrpc::Code::NOT_FOUND | ttrpc::Code::FAILED_PRECONDITION => {
-                TaskError::not_found("process already finished")
-            }
-            _ => error,
-        })
+            Err(error) if matches!(error.code(), Code::NOT_FOUND | Code::FAILED_PRECONDITION) => match all {
+                true => Ok(()),
+                false => Err(Refusal::Finished.into()),
+            },
+            killed => killed.map(drop),
+        }
     }
-    /// Task.ResizePty.
+
+    /// Task.ResizePty. Without a terminal there is nothing to do, which is no error for containerd's own shim either.
     ///
     /// # Errors
-    /// NOT_FOUND, or FAILED_PRECONDITION without a terminal.
+    /// NOT_FOUND, FAILED_PRECONDITION if it has ended, INVALID_ARGUMENT.
     pub async fn resize(&self, name: &Name, width: u32, height: u32) -> Result<(), TaskError> {
-        let terminal = self.tasks().entry(name)?.stdio.terminal;
-        if !terminal {
-            return Err(TaskError::failed_precondition(format!("process {} has no terminal", name.id())));
+        {
+            let mut tasks = self.tasks();
+            let entry = tasks.entry(name)?;
+            if !entry.stdio.terminal {
+                return Ok(());
+            }
+            entry.process.check_resize()?;
+        }
+        for (what, cells) in [("width", width), ("height", height)] {
+            if cells > u16::MAX.into() {
+                return Err(TaskError::invalid_argument(format!("a terminal's {what} of {cells} is more than 65535")));
+            }
         }
         let machine = self.machine.get()?;
         let request = ResizePtyRequest {

@@ -3,7 +3,10 @@
 use std::{
     fs,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -23,7 +26,7 @@ use containerd_shim_protos::{
         CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
         Mount, StartRequest, StartResponse, StateRequest, StateResponse, WaitRequest, WaitResponse,
     },
-    events::task::TaskExit,
+    events::task::{TaskExecAdded, TaskExecStarted, TaskExit},
     shim::events::ForwardRequest,
     shim_async::{Events, TaskClient, create_events},
 };
@@ -43,15 +46,23 @@ use crate::guest::{self, Guest};
 /// How long any one thing may take before the test gives up on it.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
+/// containerd's events service, which can go away and come back.
 #[derive(Default)]
-struct Containerd(Mutex<Vec<(String, Any)>>);
+struct Containerd {
+    heard: Mutex<Vec<(String, Any)>>,
+    /// Takes each event, but dies before it says so.
+    mute: AtomicBool,
+}
 
 #[async_trait]
 impl Events for Containerd {
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
         let envelope = request.envelope.unwrap();
         assert_eq!(envelope.namespace, "ns");
-        self.0.lock().unwrap().push((envelope.topic, envelope.event.unwrap()));
+        if self.mute.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+        self.heard.lock().unwrap().push((envelope.topic, envelope.event.unwrap()));
         Ok(Empty::new())
     }
 }
@@ -65,6 +76,7 @@ pub struct Bench {
     owner: Arc<MachineOwner>,
     publisher: Publisher,
     containerd: Arc<Containerd>,
+    events_server: tokio::sync::Mutex<Option<Server>>,
     paths: PodPaths,
     directory: TempDir,
     _servers: Vec<Server>,
@@ -104,9 +116,6 @@ impl Bench {
 
         let containerd = Arc::new(Containerd::default());
         let events = directory.path().join("events.sock").display().to_string();
-        let service = create_events(Arc::clone(&containerd) as Arc<dyn Events + Send + Sync>);
-        let mut events_server = Server::new().bind(&format!("unix://{events}")).unwrap().register_service(service);
-        events_server.start().await.unwrap();
 
         let log = caisson_log::logger("shim", std::io::sink(), slog::Level::Debug);
         let (handle, owner): (MachineHandle, MachineOwner) = machine();
@@ -124,9 +133,52 @@ impl Bench {
         let mut server = Server::new().bind(&socket).unwrap().register_service(service::services(&pod));
         server.start().await.unwrap();
         let client = Client::connect(&socket).await.unwrap();
-        let servers = vec![agent, events_server, server];
         let task = TaskClient::new(client.clone());
-        Self { task, client, guest, pod, owner, publisher, containerd, paths, directory, _servers: servers }
+        let bench = Self {
+            task,
+            client,
+            guest,
+            pod,
+            owner,
+            publisher,
+            containerd,
+            events_server: tokio::sync::Mutex::default(),
+            paths,
+            directory,
+            _servers: vec![agent, server],
+        };
+        bench.start_containerd().await;
+        bench
+    }
+
+    /// containerd's events service comes up, at the place where it always is.
+    pub async fn start_containerd(&self) {
+        let events = self.directory.path().join("events.sock");
+        let _ = fs::remove_file(&events);
+        self.containerd.mute.store(false, Ordering::Relaxed);
+        let service = create_events(Arc::clone(&self.containerd) as Arc<dyn Events + Send + Sync>);
+        let address = format!("unix://{}", events.display());
+        let mut server = Server::new().bind(&address).unwrap().register_service(service);
+        server.start().await.unwrap();
+        *self.events_server.lock().await = Some(server);
+    }
+
+    /// containerd dies: its sockets are there still, but nobody answers.
+    pub async fn stop_containerd(&self) {
+        if let Some(mut server) = self.events_server.lock().await.take() {
+            server.shutdown().await.unwrap();
+        }
+    }
+
+    /// containerd hangs: what it was sent it neither answers nor keeps.
+    pub fn mute_containerd(&self) {
+        self.containerd.mute.store(true, Ordering::Relaxed);
+    }
+
+    /// A connection of its own, as a restarted containerd makes it.
+    pub async fn connect(&self) -> TaskClient {
+        let socket = format!("unix://{}", self.directory.path().join("task.sock").display());
+        TaskClient::new(Client::connect(&socket).await.unwrap())
     }
 
     /// The machine ends.
@@ -147,15 +199,28 @@ impl Bench {
     /// Waits until containerd has every event; topic, container or exec id, exit status.
     pub async fn events(&self) -> Vec<String> {
         self.publisher.flush(LIMIT).await;
-        let events = self.containerd.0.lock().unwrap();
+        let events = self.containerd.heard.lock().unwrap();
         let line = |(topic, event): &(String, Any)| match topic.as_str() {
             "/tasks/exit" => {
                 let exit = TaskExit::parse_from_bytes(&event.value).unwrap();
                 format!("{topic} {} {}", exit.id, exit.exit_status)
             }
+            "/tasks/exec-added" => {
+                let added = TaskExecAdded::parse_from_bytes(&event.value).unwrap();
+                format!("{topic} {}", added.exec_id)
+            }
+            "/tasks/exec-started" => {
+                let started = TaskExecStarted::parse_from_bytes(&event.value).unwrap();
+                format!("{topic} {}", started.exec_id)
+            }
             _ => topic.clone(),
         };
         events.iter().map(line).collect()
+    }
+
+    /// Gives containerd so long to take what waits for it.
+    pub async fn flush(&self, limit: Duration) {
+        self.publisher.flush(limit).await;
     }
 
     pub fn fifo(&self, name: &str) -> String {

@@ -10,6 +10,7 @@
 //! | `quick`         | exits with 7 before Start is answered                           |
 //! | `missing`       | is none                                                         |
 //! | `liar`          | exits with a status that is none                                |
+//! | `count N`       | writes N lines with their numbers to stdout, exits with 0       |
 
 use std::{
     collections::HashMap,
@@ -21,7 +22,8 @@ use async_trait::async_trait;
 use caisson_protos::{
     agent::{
         ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest, PidsResponse, ProcessInfo,
-        ProcessRequest, ResizePtyRequest, StartResponse, Stdio, WaitResponse,
+        ProcessRequest, ResizePtyRequest, StartResponse, StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
+        WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
     guest::{AGENT_PORT, STDIO_PORT},
@@ -56,11 +58,19 @@ pub struct Guest {
     pub calls: Mutex<Vec<String>>,
     /// Cuts the agent's connections.
     pub hang_up: Arc<Notify>,
+    /// How often the kernel has killed for want of memory.
+    pub kills: watch::Sender<u64>,
+    /// The answer to Stats.
+    pub stats: Mutex<StatsResponse>,
+    /// Calls that are refused, by their name, with the code.
+    pub refuse: Mutex<HashMap<&'static str, Code>>,
+    /// While it is false, Pause and Resume are not answered.
+    pub moves: watch::Sender<bool>,
 }
 
 /// Serves `vsock.sock` and the agent in `directory`. The server must be kept.
 pub async fn serve(directory: &Path) -> (Arc<Guest>, Server) {
-    let guest = Arc::new(Guest::default());
+    let guest = Arc::new(Guest { moves: watch::Sender::new(true), ..Guest::default() });
     let agent = directory.join("agent.sock");
     let service = create_agent(Arc::clone(&guest) as Arc<dyn Agent + Send + Sync>);
     let mut server = Server::new().bind(&format!("unix://{}", agent.display())).unwrap().register_service(service);
@@ -102,6 +112,14 @@ async fn accept(stream: UnixStream, port: u32, guest: Arc<Guest>, agent: std::pa
 impl Guest {
     fn note(&self, verb: &str, container: &str, exec: &str) {
         self.calls.lock().unwrap().push(format!("{verb} {container}/{exec}"));
+    }
+
+    /// Refuses if it was told to.
+    fn check(&self, verb: &str) -> ttrpc::Result<()> {
+        match self.refuse.lock().unwrap().get(verb) {
+            Some(code) => Err(get_rpc_status(*code, format!("the guest refuses {verb}"))),
+            None => Ok(()),
+        }
     }
 
     fn add(&self, key: Key, process: &Value, stdio: Stdio) {
@@ -154,6 +172,13 @@ impl Guest {
                     let mut stdout = stdout.unwrap();
                     while stdout.write_all(&[b'x'; 4096]).await.is_ok() {}
                 }
+                "count" => {
+                    let mut stdout = stdout.unwrap();
+                    for line in 0..args[1].parse::<u32>().unwrap() {
+                        stdout.write_all(format!("{line}\n").as_bytes()).await.unwrap();
+                    }
+                    exit.send_replace(Some(0));
+                }
                 "quick" => drop(exit.send_replace(Some(7))),
                 "liar" => drop(exit.send_replace(Some(u32::MAX))),
                 _ => {
@@ -205,6 +230,44 @@ impl Agent for Guest {
         let process = self.process(&request.container_id, &request.exec_id)?;
         process.exit.send_replace(Some(128 + request.signal));
         Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.note("Pause", &request.container_id, "");
+        self.moves.subscribe().wait_for(|moves| *moves).await.unwrap();
+        self.check("Pause")?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        self.note("Resume", &request.container_id, "");
+        self.moves.subscribe().wait_for(|moves| *moves).await.unwrap();
+        self.check("Resume")?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        let resources = String::from_utf8(request.resources).unwrap();
+        self.note(&format!("Update({resources})"), &request.container_id, "");
+        self.check("Update")?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        self.check("Stats")?;
+        self.process(&request.container_id, "")?;
+        Ok(self.stats.lock().unwrap().clone())
+    }
+
+    async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> ttrpc::Result<WaitOomResponse> {
+        let process = self.process(&request.container_id, "")?;
+        let (mut kills, mut exit) = (self.kills.subscribe(), process.exit.subscribe());
+        let more = |kills: &u64| *kills > request.seen;
+        tokio::select! {
+            biased;
+            told = kills.wait_for(more) => Ok(WaitOomResponse { kills: *told.unwrap(), ..WaitOomResponse::new() }),
+            _ = exit.wait_for(Option::is_some) => Err(get_rpc_status(Code::FAILED_PRECONDITION, "it has ended")),
+        }
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
