@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -184,6 +184,31 @@ impl Bench {
     /// The machine ends.
     pub fn lose_machine(&self, reason: &str) {
         self.owner.set(MachineState::Lost(reason.into()));
+    }
+
+    /// Where a bundle is, and where its test may leave files.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// As [`Self::request`], with a specification that `change` has changed.
+    pub fn request_with(
+        &self,
+        id: &str,
+        args: &[&str],
+        change: impl FnOnce(&mut serde_json::Value),
+    ) -> CreateTaskRequest {
+        let request = self.request(id, args);
+        let path = Path::new(&request.bundle).join("config.json");
+        let mut spec = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut spec);
+        fs::write(path, spec.to_string()).unwrap();
+        request
+    }
+
+    /// What is in a place of the shared directory as caisson-fsd sees it.
+    pub fn seen(&self, place: &str) -> PathBuf {
+        self.paths.view().join(place)
     }
 
     /// What a pod's directories hold: names below shared/.

@@ -9,6 +9,7 @@
 //! | `flood`         | writes to stdout for ever, even after it was killed             |
 //! | `quick`         | exits with 7 before Start is answered                           |
 //! | `missing`       | is none                                                         |
+//! | `uncreatable`   | is refused by Create                                            |
 //! | `liar`          | exits with a status that is none                                |
 //! | `count N`       | writes N lines with their numbers to stdout, exits with 0       |
 
@@ -56,6 +57,8 @@ pub struct Guest {
     processes: Mutex<HashMap<Key, Process>>,
     /// Calls in order, as `Verb container/exec`.
     pub calls: Mutex<Vec<String>>,
+    /// Creates as they came.
+    pub creates: Mutex<Vec<CreateRequest>>,
     /// Cuts the agent's connections.
     pub hang_up: Arc<Notify>,
     /// How often the kernel has killed for want of memory.
@@ -196,6 +199,10 @@ impl Agent for Guest {
         self.note("Create", &request.container_id, "");
         assert_eq!(request.rootfs, format!("{}/rootfs", request.container_id));
         let spec: Value = serde_json::from_slice(&request.spec).unwrap();
+        self.creates.lock().unwrap().push(request.clone());
+        if spec["process"]["args"][0] == "uncreatable" {
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "the guest cannot have it"));
+        }
         self.add((request.container_id, String::new()), &spec["process"], request.stdio.unwrap());
         Ok(CreateResponse { pid: 42, ..CreateResponse::default() })
     }

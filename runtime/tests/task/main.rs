@@ -4,6 +4,7 @@
 mod bench;
 mod containers;
 mod guest;
+mod host;
 mod machine;
 mod restart;
 
