@@ -116,6 +116,13 @@ impl<'a> Bundle<'a> {
     }
 }
 
+/// A root file system for Create: the directory `source` of this machine, writable.
+pub fn bind(source: &Path) -> api::Mount {
+    let source = source.to_string_lossy().into_owned();
+    let options = vec!["rbind".to_owned(), "rw".to_owned()];
+    api::Mount { type_: "bind".to_owned(), source, options, ..Default::default() }
+}
+
 /// Makes a FIFO.
 pub fn fifo(path: &Path) {
     let kind = rustix::fs::FileType::Fifo;

@@ -32,6 +32,7 @@ pub mod pod;
 pub mod process;
 pub mod shim;
 pub mod sizes;
+pub mod spec;
 pub mod terminal;
 pub mod wait;
 

@@ -4,7 +4,7 @@ use std::{fs, path::Path, process::Command};
 
 use caisson_e2e::{
     Finished, Host, Runtime, Setup,
-    bundle::{self, Bundle},
+    bundle::{self, Bundle, bind},
     containerd::Kvm,
     environment::image_dir,
     process,
@@ -143,12 +143,6 @@ fn specifications(host: &Host) {
         assert!(!message.is_empty(), "{name}: refused without a word");
         bundle.discard(shim);
     }
-}
-
-fn bind(source: &Path) -> api::Mount {
-    let source = source.to_string_lossy().into_owned();
-    let options = vec!["rbind".to_owned(), "rw".to_owned()];
-    api::Mount { type_: "bind".to_owned(), source, options, ..Default::default() }
 }
 
 fn a_root_that_cannot_be_mounted(host: &Host) {

@@ -7,4 +7,5 @@ mod images;
 mod isolation;
 mod lifecycle;
 mod many;
+mod spec;
 mod streams;
