@@ -59,6 +59,12 @@ pub enum StateError {
         /// Where it would have to be.
         wanted: &'static str,
     },
+    /// Its container is paused.
+    #[error("it is paused")]
+    Paused,
+    /// Its container is not paused.
+    #[error("it is not paused")]
+    NotPaused,
     /// A signal for what has ended.
     #[error("process already finished")]
     Finished,

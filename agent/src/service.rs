@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use caisson_protos::{
     agent::{
         ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest, PidsResponse, ProcessRequest,
-        ResizePtyRequest, StartResponse, WaitResponse,
+        ResizePtyRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -197,6 +197,33 @@ impl Agent for Service {
         self.run(async move { containers.delete(&request.container_id, &request.exec_id).await })
             .await
             .map(wait_response)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let containers = self.containers.clone();
+        self.run(async move { containers.pause(&request.container_id).await }).await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let containers = self.containers.clone();
+        self.run(async move { containers.resume(&request.container_id).await }).await?;
+        Ok(Empty::default())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        let containers = self.containers.clone();
+        self.run(async move { containers.update(request).await }).await?;
+        Ok(Empty::default())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+        self.answer(self.containers.stats(&request.container_id))
+    }
+
+    async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> ttrpc::Result<WaitOomResponse> {
+        let kills = self.containers.wait_oom(&request.container_id, request.seen).await;
+        Ok(WaitOomResponse { kills: self.answer(kills)?, ..Default::default() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -9,6 +9,7 @@ use std::{
 
 use caisson_protos::agent::CreateRequest;
 use slog::{info, warn};
+use tokio::sync::RwLock;
 
 use super::{
     Container, Containers, Error, check_name,
@@ -61,6 +62,8 @@ impl Containers {
                 oom_score_adj: process.oom_score_adj,
             },
             seccomp: process.seccomp.clone(),
+            paused: RwLock::default(),
+            updating: tokio::sync::Mutex::default(),
         });
         {
             let mut map = lock(&self.map);
@@ -97,7 +100,7 @@ impl Containers {
         rootfs: PathBuf,
         streams: HostStreams,
     ) -> Result<i32> {
-        let cgroup = self.cgroups.create(&container.id, &accepted.limits)?;
+        let cgroup = self.cgroups.create(&container.id, &accepted.resources)?;
         *lock(&container.cgroup) = Some(cgroup.clone());
         let init = &container.init;
         let (pid, mut stage) = self.launch(init, PidNamespace::New)?;
@@ -138,6 +141,7 @@ impl Containers {
         if !exec.is_empty() {
             container.init.running().map_err(|error| Error::State { who: id.to_owned(), error })?;
         }
+        let _going = if exec.is_empty() { None } else { Some(container.going().await?) };
         let mut stage = match process.start().map_err(in_state)? {
             Pending::Init(stage) => stage,
             Pending::Exec(plan, streams) => self.start_exec(&container, &process, *plan, streams).await?,

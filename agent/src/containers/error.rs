@@ -128,7 +128,7 @@ impl Error {
                 FailureKind::Invalid => Code::INVALID_ARGUMENT,
                 FailureKind::Internal => Code::INTERNAL,
             },
-            Self::Cgroup(CgroupError::Io { .. })
+            Self::Cgroup(CgroupError::Io { .. } | CgroupError::Devices { .. } | CgroupError::Late { .. })
             | Self::Launch(_)
             | Self::StageEnded
             | Self::TimedOut { .. }

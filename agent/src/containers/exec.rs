@@ -35,6 +35,7 @@ impl Containers {
         check_name("exec_id", &exec)?;
         let container = self.container(&id)?;
         container.init.running().map_err(|error| Error::State { who: id.clone(), error })?;
+        drop(container.going().await?);
         let stdio = request.stdio.unwrap_or_default();
         let (mut plan, notes) = spec::process::exec(&request.process, stdio.terminal, &container.inherited)?;
         plan.seccomp.clone_from(&container.seccomp);

@@ -4,6 +4,7 @@
 //! reaper reads. Both change only between two awaits. What a call must do across awaits it does on an [`Arc`] that it
 //! holds; the process's [`Lifecycle`](crate::lifecycle::Lifecycle) says whether another call came first.
 
+mod control;
 mod create;
 mod delete;
 mod error;
@@ -25,6 +26,7 @@ pub use error::Error;
 use error::Result;
 use process::Process;
 use slog::{Logger, info};
+use tokio::sync::RwLock;
 
 use crate::{
     cgroup::{Cgroup, Cgroups},
@@ -62,6 +64,10 @@ struct Container {
     cgroup: Mutex<Option<Cgroup>>,
     inherited: Inherited,
     seccomp: Option<Filter>,
+    /// Whether its processes are stopped. Whoever brings a process in holds it for reading.
+    paused: RwLock<bool>,
+    /// Held by the one Update at a time.
+    updating: tokio::sync::Mutex<()>,
 }
 
 impl Container {

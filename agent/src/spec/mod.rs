@@ -8,7 +8,7 @@
 //! - [`process`]: the `process` object, which Exec sends alone;
 //! - [`mounts`]: mount options;
 //! - [`devices`]: `linux.devices` and the nodes that every container has;
-//! - [`resources`]: `linux.resources` as cgroup v2 files;
+//! - [`resources`]: `linux.resources` as cgroup v2 files and device rules;
 //! - `seccomp`: `linux.seccomp` as a filter.
 
 pub mod devices;
@@ -52,8 +52,8 @@ pub struct Accepted {
     pub view: View,
     /// The init process.
     pub process: ProcessPlan,
-    /// The container's limits: cgroup file and value, in the order of writing.
-    pub limits: Vec<resources::Limit>,
+    /// What the container may use.
+    pub resources: resources::Resources,
     /// What was accepted without effect, for the log.
     pub notes: Vec<String>,
 }
@@ -80,10 +80,7 @@ pub fn container(json: &[u8], terminal: bool) -> Result<Accepted> {
     process.seccomp = linux.seccomp().as_ref().map(|profile| seccomp::plan(profile, &mut notes)).transpose()?;
     let mounts = mounts::plan(spec.mounts.as_deref().unwrap_or_default())?;
     let devices = devices::plan(linux.devices().as_deref().unwrap_or_default())?;
-    let limits = match linux.resources() {
-        Some(resources) => resources::plan(resources, &mut notes)?,
-        None => Vec::new(),
-    };
+    let resources = resources::plan(linux.resources().as_ref(), &resources::Present::default(), &mut notes)?;
     let view = View {
         hostname: name("hostname", &spec.hostname)?,
         domainname: name("domainname", &spec.domainname)?,
@@ -94,7 +91,7 @@ pub fn container(json: &[u8], terminal: bool) -> Result<Accepted> {
         readonly_paths: paths("linux.readonlyPaths", linux.readonly_paths().as_deref())?,
         readonly_root: spec.root.as_ref().and_then(|root| root.readonly()).unwrap_or(false),
     };
-    Ok(Accepted { view, process, limits, notes })
+    Ok(Accepted { view, process, resources, notes })
 }
 
 /// Parses one JSON document of at most [`MAX_SPEC`] bytes.

@@ -113,10 +113,7 @@ async fn the_agents_binary_cannot_be_overwritten() {
     attack["process"]["capabilities"] = json!({"bounding": all, "permitted": all, "effective": all});
     // Here the binary is the local agent, which waits for connections: a program that keeps running.
     fs::create_dir(pod.rootfs().join("tmp/cgroup")).unwrap();
-    attack["mounts"]
-        .as_array_mut()
-        .unwrap()
-        .push(json!({"destination": "/tmp/cgroup", "type": "cgroup", "source": "cgroup"}));
+    fs::write(pod.rootfs().join("tmp/cgroup/cgroup.controllers"), "").unwrap();
     pod.create("c", &attack, None).await.unwrap();
     pod.start_process("c", "").await.unwrap();
     let running = async {

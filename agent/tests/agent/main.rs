@@ -3,8 +3,10 @@
 //! Needs root, a mounted cgroup2 and /bin/busybox (static). Each test has an agent of its own as PID 1 of its own pid
 //! and mount namespace, so nothing outlives it.
 
+mod control;
 mod hostile;
 mod lifecycle;
+mod limits;
 mod process;
 mod seccomp;
 mod streams;

@@ -105,37 +105,6 @@ async fn limits_are_as_asked() {
 }
 
 #[tokio::test]
-async fn the_cgroup_has_the_limits_that_this_kernel_can_enforce() {
-    let pod = Pod::start().await;
-    let controllers = pod.cgroup_controllers();
-    let cases = [
-        ("memory", json!({"memory": {"limit": 33554432, "swap": 33554432}}), "memory.max", "33554432\n"),
-        ("memory", json!({"memory": {"limit": 33554432, "swap": 33558528}}), "memory.swap.max", "4096\n"),
-        ("memory", json!({"memory": {"reservation": 8192}}), "memory.low", "8192\n"),
-        ("pids", json!({"pids": {"limit": 17}}), "pids.max", "17\n"),
-        ("cpu", json!({"cpu": {"shares": 1024}}), "cpu.weight", "39\n"),
-        ("cpu", json!({"cpu": {"quota": 20000, "period": 50000}}), "cpu.max", "20000 50000\n"),
-        ("cpuset", json!({"cpu": {"cpus": "0"}}), "cpuset.cpus", "0\n"),
-    ];
-    for (controller, resources, file, expected) in cases {
-        let mut spec = shell(&format!("cat /sys/fs/cgroup/{file}"));
-        spec["linux"]["resources"] = resources;
-        spec["mounts"].as_array_mut().unwrap().push(json!(
-            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]}
-        ));
-        if controllers.iter().any(|name| name == controller) {
-            assert_eq!(pod.run(&spec).await.stdout, expected, "{file}");
-        } else {
-            // A limit that cannot be enforced is never dropped.
-            let (code, message) = status(pod.create("c", &spec, None).await);
-            assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
-            assert!(message.contains("linux.resources.") && message.contains(&controller[..3]), "{message}");
-        }
-    }
-    pod.assert_empty();
-}
-
-#[tokio::test]
 async fn signals_have_their_default_actions() {
     let pod = Pod::start().await;
     let output = pod.run(&shell("exec grep -E 'Sig(Blk|Ign|Cgt)|ShdPnd' /proc/self/status")).await;

@@ -249,10 +249,12 @@ async fn a_stream_may_come_after_the_call_that_names_it() {
     let pod = Pod::start().await;
     // The first port that `stream` will use.
     let stdio = caisson_protos::agent::Stdio { stdout_port: 5000, ..Default::default() };
-    let spec = shell("echo late");
+    let mut spec = shell("echo late");
+    // So that there is a line in the log when the call is under way.
+    spec["process"]["apparmorProfile"] = serde_json::json!("none");
     let create = pod.create("c", &spec, Some(stdio));
     let (created, (port, stdout)) = tokio::join!(create, async {
-        while !pod.log().contains("devices") {
+        while !pod.log().contains("apparmorProfile") {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
         pod.stream().await

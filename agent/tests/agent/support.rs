@@ -13,8 +13,8 @@ use std::{
 
 use caisson_protos::{
     agent::{
-        ContainerRequest, CreateRequest, ExecRequest, KillRequest, ProcessRequest, ResizePtyRequest, Stdio,
-        WaitResponse,
+        ContainerRequest, CreateRequest, ExecRequest, KillRequest, ProcessRequest, ResizePtyRequest, StatsResponse,
+        Stdio, UpdateRequest, WaitOomRequest, WaitResponse,
     },
     agent_ttrpc::AgentClient,
 };
@@ -72,7 +72,7 @@ impl Pod {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let mount = cgroup2_mount();
-        for controller in ["cpu", "cpuset", "memory", "pids"] {
+        for controller in ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"] {
             // As in a guest, where the kernel has them; with cgroup v1 beside they are taken, and then go without.
             let _ = fs::write(mount.join("cgroup.subtree_control"), format!("+{controller}"));
         }
@@ -196,9 +196,37 @@ impl Pod {
     }
 
     pub async fn pids(&self, id: &str) -> ttrpc::Result<Vec<(u32, String)>> {
-        let request = ContainerRequest { container_id: id.into(), ..Default::default() };
-        let response = within("Pids", self.client.pids(context::with_timeout(0), &request)).await?;
+        let response = within("Pids", self.client.pids(context::with_timeout(0), &container(id))).await?;
         Ok(response.processes.into_iter().map(|process| (process.pid, process.exec_id)).collect())
+    }
+
+    pub async fn pause(&self, id: &str) -> ttrpc::Result<()> {
+        within("Pause", self.client.pause(context::with_timeout(0), &container(id))).await.map(drop)
+    }
+
+    pub async fn resume(&self, id: &str) -> ttrpc::Result<()> {
+        within("Resume", self.client.resume(context::with_timeout(0), &container(id))).await.map(drop)
+    }
+
+    pub async fn update(&self, id: &str, resources: &Value) -> ttrpc::Result<()> {
+        let resources = resources.to_string().into_bytes();
+        let request = UpdateRequest { container_id: id.into(), resources, ..Default::default() };
+        within("Update", self.client.update(context::with_timeout(0), &request)).await.map(drop)
+    }
+
+    pub async fn stats(&self, id: &str) -> ttrpc::Result<StatsResponse> {
+        within("Stats", self.client.stats(context::with_timeout(0), &container(id))).await
+    }
+
+    pub async fn wait_oom(&self, id: &str, seen: u64) -> ttrpc::Result<u64> {
+        let request = WaitOomRequest { container_id: id.into(), seen, ..Default::default() };
+        let what = format!("WaitOom of {id} after {seen}");
+        Ok(within(&what, self.client.wait_oom(context::with_timeout(0), &request)).await?.kills)
+    }
+
+    /// What a file of a container's cgroup says; None if this kernel has no such file.
+    pub fn cgroup_file(&self, id: &str, file: &str) -> Option<String> {
+        fs::read_to_string(self.cgroup.join("caisson").join(id).join(file)).ok()
     }
 
     pub async fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<WaitResponse> {
@@ -310,6 +338,10 @@ fn make_rootfs(root: &Path) {
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
         .unwrap();
     fs::write(root.join("etc/group"), "root:x:0:\nuser:x:1000:\n").unwrap();
+}
+
+fn container(id: &str) -> ContainerRequest {
+    ContainerRequest { container_id: id.into(), ..Default::default() }
 }
 
 fn process(id: &str, exec: &str) -> ProcessRequest {

@@ -1,26 +1,45 @@
 //! cgroup v2: one directory for each container, `<mount>/caisson/<id>`, whatever path the specification names (that
 //! one is for the host, where the pod's processes are).
+//!
+//! - this file: making, freezing, killing, removing;
+//! - [`limits`]: writing limits, and taking them back;
+//! - [`stats`]: what was used, from the kernel's files (parsing is pure); `oom`: who was killed for want of memory;
+//! - [`devices`]: which devices may be used, as a BPF program (compiling is pure); [`bpf`]: bpf(2);
+//! - [`watch`]: waiting for what the kernel tells through its event files.
+
+pub mod bpf;
+pub mod devices;
+pub mod limits;
+mod oom;
+pub mod stats;
+pub mod watch;
 
 use std::{
     fs,
     io::{self, Write},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use nix::errno::Errno;
 
-use crate::spec::resources::Limit;
+use self::{devices::Devices, watch::Watch};
+use crate::spec::resources::{Present, Resources};
 
 /// The directory below the mount that holds every container's.
 const PARENT: &str = "caisson";
-/// Controllers that limits need, where the kernel has them.
-const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
+/// Controllers that limits and numbers need, where the kernel has them.
+const CONTROLLERS: [&str; 7] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"];
 /// How deep a container's own cgroups are followed.
 const MAX_DEPTH: usize = 32;
-/// Removing waits this long, in steps, for the kernel to finish the last exits.
-const REMOVE_STEP: Duration = Duration::from_millis(2);
-const REMOVE_STEPS: u32 = 1000;
+/// How long the kernel may take to stop every process, or to be done with the last one. One that sleeps in the kernel
+/// (waiting for the file server) holds both up.
+const EVENT_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often a cgroup that is said to be empty may turn out not to be.
+const ATTEMPTS: u32 = 10;
 
 /// A cgroup that cannot be made, limited or removed.
 #[derive(Debug, thiserror::Error)]
@@ -36,17 +55,40 @@ pub enum CgroupError {
         error: io::Error,
     },
     /// A limit that the kernel does not take, or has no controller for.
-    #[error("{field}: write {value:?} to {file}: {error}")]
+    #[error("{field}: write {value:?} to {file}: {}", refusal(.error))]
     Limit {
         /// The specification's field.
-        field: &'static str,
+        field: String,
         /// The cgroup's file.
-        file: &'static str,
+        file: String,
         /// What was written.
         value: String,
         /// What the kernel said.
         error: io::Error,
     },
+    /// The device program does not go in.
+    #[error("linux.resources.devices: {what}: {error}")]
+    Devices {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// What was waited for did not come.
+    #[error("{path}: {what} took more than {} s", EVENT_LIMIT.as_secs())]
+    Late {
+        /// What was waited for.
+        what: &'static str,
+        /// The cgroup.
+        path: PathBuf,
+    },
+}
+
+fn refusal(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no such file, so the kernel has no such limit".into(),
+        _ => error.to_string(),
+    }
 }
 
 fn io_error<'p>(what: &'static str, path: &'p Path) -> impl FnOnce(io::Error) -> CgroupError + use<'p> {
@@ -97,16 +139,15 @@ impl Cgroups {
     ///
     /// # Errors
     /// If it exists, or the kernel refuses a limit.
-    pub fn create(&self, id: &str, limits: &[Limit]) -> Result<Cgroup, CgroupError> {
+    pub fn create(&self, id: &str, resources: &Resources) -> Result<Cgroup, CgroupError> {
         let path = self.parent.join(id);
         fs::create_dir(&path).map_err(io_error("make the cgroup", &path))?;
-        let cgroup = Cgroup { path };
-        for Limit { file, value, field } in limits {
-            if let Err(error) = write(&cgroup.path.join(file), value) {
-                // It is empty, so this cannot fail for a reason that the caller could mend.
-                let _ = fs::remove_dir(&cgroup.path);
-                return Err(CgroupError::Limit { field, file, value: value.clone(), error });
-            }
+        let cgroup = Cgroup { path, program: Arc::default() };
+        let limited = cgroup.allow(&resources.devices).and_then(|()| limits::set(&cgroup.path, &resources.limits));
+        if let Err(error) = limited {
+            // It is empty, so this cannot fail for a reason that the caller could mend.
+            let _ = fs::remove_dir(&cgroup.path);
+            return Err(error);
         }
         Ok(cgroup)
     }
@@ -116,6 +157,8 @@ impl Cgroups {
 #[derive(Clone, Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    /// The device program that is attached.
+    program: Arc<Mutex<Option<OwnedFd>>>,
 }
 
 impl Cgroup {
@@ -146,7 +189,7 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// Kills every process in it and below.
+    /// Kills every process in it and below, frozen ones too.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -155,13 +198,74 @@ impl Cgroup {
         write(&file, "1").map_err(io_error("write", &file))
     }
 
+    /// Stops every process in it and below, or lets them go on, and waits until it is so.
+    ///
+    /// # Errors
+    /// If a process does not stop in time; they all go on then.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+        let file = self.path.join("cgroup.freeze");
+        write(&file, if frozen { "1" } else { "0" }).map_err(io_error("write", &file))?;
+        let what = if frozen { "freezing" } else { "thawing" };
+        let result = self.wait_for("frozen", u64::from(frozen), what).await;
+        if frozen && result.is_err() {
+            let _ = write(&file, "0");
+        }
+        result
+    }
+
+    /// Waits until a line of cgroup.events has a value.
+    async fn wait_for(&self, key: &str, value: u64, what: &'static str) -> Result<(), CgroupError> {
+        let file = self.path.join("cgroup.events");
+        let found = async {
+            let watch = Watch::open(&file)?;
+            watch.until(|text| (stats::flat(text).get(key) == Some(&value)).then_some(())).await
+        };
+        match tokio::time::timeout(EVENT_LIMIT, found).await {
+            Ok(result) => result.map_err(io_error("read", &file)),
+            Err(_) => Err(CgroupError::Late { what, path: self.path.clone() }),
+        }
+    }
+
+    /// What an Update has to know.
+    pub fn present(&self) -> Present {
+        let read = |name: &str| fs::read_to_string(self.path.join(name)).unwrap_or_default();
+        Present { cpu_max: read("cpu.max"), memory_current: stats::single(&read("memory.current")).unwrap_or(0) }
+    }
+
+    /// Changes limits; what `resources` does not name stays. Nothing changes if one is refused.
+    ///
+    /// # Errors
+    /// If the kernel refuses one. May block while the kernel reclaims memory.
+    pub fn update(&self, resources: &Resources) -> Result<(), CgroupError> {
+        let undo = limits::change(&self.path, &resources.limits)?;
+        if resources.names_devices
+            && let Err(error) = self.allow(&resources.devices)
+        {
+            undo.apply();
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Replaces the device program.
+    fn allow(&self, devices: &Devices) -> Result<(), CgroupError> {
+        let failed = |what| move |error| CgroupError::Devices { what, error };
+        let program = bpf::load_device_program(&devices.compile()).map_err(failed("load the program"))?;
+        let directory = fs::File::open(&self.path).map_err(io_error("open", &self.path))?;
+        let mut attached = self.program.lock().unwrap_or_else(PoisonError::into_inner);
+        bpf::attach_device_program(&directory, &program, attached.as_ref()).map_err(failed("attach the program"))?;
+        *attached = Some(program);
+        Ok(())
+    }
+
     /// Removes it and what the container made below, once the last process is gone.
     ///
     /// # Errors
     /// If a process stays.
     pub async fn remove(&self) -> Result<(), CgroupError> {
-        let mut steps = 0;
+        let mut attempts = 0;
         loop {
+            self.wait_for("populated", 0, "waiting for the last process to be gone").await?;
             // Deepest first.
             let mut directories = self.directories();
             directories.sort_by_key(|directory| std::cmp::Reverse(directory.components().count()));
@@ -171,9 +275,9 @@ impl Cgroup {
             });
             match result {
                 Ok(()) => return Ok(()),
-                Err((_, error)) if error.raw_os_error() == Some(Errno::EBUSY as i32) && steps < REMOVE_STEPS => {
-                    steps += 1;
-                    tokio::time::sleep(REMOVE_STEP).await;
+                // Populated again, or one more below: a process that was not killed yet, which the next wait is for.
+                Err((_, error)) if error.raw_os_error() == Some(Errno::EBUSY as i32) && attempts < ATTEMPTS => {
+                    attempts += 1;
                 }
                 Err((directory, error)) => return Err(io_error("remove the cgroup", directory)(error)),
             }
