@@ -77,7 +77,10 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let prepared = Prepared::new(flags, config.map_err(|error| error.to_string()), &bundle, &sink);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
-    runtime.block_on(serve(flags, listener, prepared, timeline, log))
+    let served = runtime.block_on(serve(flags, listener, prepared, timeline, log));
+    // A file that output goes to may lie on a disk that does not answer: nobody waits for that.
+    runtime.shutdown_background();
+    served
 }
 
 /// What there is before the runtime: the machine, or why there is none.

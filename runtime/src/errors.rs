@@ -2,7 +2,11 @@
 
 use ttrpc::{Code, get_status};
 
-use crate::{allotment::AllotmentError, lifecycle::Refusal};
+use crate::{
+    allotment::AllotmentError,
+    lifecycle::Refusal,
+    stdio::{StdioError, logger::LoggerError},
+};
 
 /// A task request that did not succeed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -107,6 +111,19 @@ impl From<AllotmentError> for TaskError {
         match error {
             AllotmentError::Malformed(_) | AllotmentError::Resource(_) => Self::invalid_argument(message),
             AllotmentError::Cgroup(_) => Self::failed_precondition(message),
+        }
+    }
+}
+
+impl From<StdioError> for TaskError {
+    fn from(error: StdioError) -> Self {
+        let message = error.to_string();
+        match error {
+            StdioError::Dial(_) => Self::unavailable(message),
+            StdioError::Logger(LoggerError::NotReady { .. }) => Self::failed_precondition(message),
+            StdioError::Open { .. } | StdioError::File { .. } | StdioError::Target { .. } | StdioError::Logger(_) => {
+                Self::invalid_argument(message)
+            }
         }
     }
 }

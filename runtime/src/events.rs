@@ -1,9 +1,13 @@
 //! News for containerd: each event goes to its ttrpc events service (the socket in TTRPC_ADDRESS), one after the other in
 //! the order in which they happened. While containerd is away they wait, and a new connection is tried again
-//! and again; at most [`CAPACITY`] wait, and what comes then is lost with a log line.
+//! and again, at growing distances. One whose answer was lost is sent again: containerd may hear it twice, but never not at all.
+//!
+//! At most [`CAPACITY`] wait; what comes then is lost, the newest first, with a log line. It takes a containerd that is away for
+//! thousands of ends of processes, which only it could have started: kills for want of memory, which a guest could have without
+//! end, wait one at a time ([`crate::pod`]). The shim's own end waits for the last ones only so long ([`Publisher::flush`]).
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
         Arc,
@@ -12,6 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use caisson_vmm_client::Child;
 use containerd_shim_protos::{
     events::task::{
         TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
@@ -110,6 +115,11 @@ impl Publisher {
         publisher
     }
 
+    /// containerd's namespace, in which all this happens.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// Queues one event; never waits.
     pub fn publish<E: Event>(&self, event: &E) {
         let value = match event.write_to_bytes() {
@@ -204,15 +214,13 @@ impl Delivery {
                     Err(error) => Err(error.to_string()),
                 }
             }
-            Destination::Command { program, address } => publish_by_command(program, address, envelope),
+            Destination::Command { program, address } => publish_by_command(program, address, envelope).await,
         }
     }
 }
 
-/// `containerd --address A publish --topic T --namespace N`, the event on its standard input. It is waited for by a
-/// thread of its own, because a child can only be waited for without blocking through the reactor, and this way
-/// is a rare fallback.
-fn publish_by_command(program: &PathBuf, address: &str, envelope: &Envelope) -> Result<(), String> {
+/// `containerd --address A publish --topic T --namespace N`, the event on its standard input.
+async fn publish_by_command(program: &Path, address: &str, envelope: &Envelope) -> Result<(), String> {
     use std::io::Write;
     let event = envelope.event.write_to_bytes().map_err(|error| error.to_string())?;
     let mut command = Command::new(program);
@@ -221,8 +229,15 @@ fn publish_by_command(program: &PathBuf, address: &str, envelope: &Envelope) -> 
     let mut child = command.spawn().map_err(|error| format!("cannot run {}: {error}", program.display()))?;
     // At most a few KiB: fits into the pipe whether it is read or not.
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(&event));
-    std::thread::spawn(move || child.wait());
-    written.map_err(|error| format!("cannot write to {}: {error}", program.display()))
+    let mut child = Child::adopt(child).map_err(|error| format!("cannot watch {}: {error}", program.display()))?;
+    written.map_err(|error| format!("cannot write to {}: {error}", program.display()))?;
+    // Dropped, it is killed.
+    match timeout(LIMIT, child.wait()).await {
+        Ok(Ok(status)) if status.success() => Ok(()),
+        Ok(Ok(status)) => Err(format!("{} publish: {status}", program.display())),
+        Ok(Err(error)) => Err(format!("{} publish: {error}", program.display())),
+        Err(_) => Err(format!("{} publish was not done after {LIMIT:?}", program.display())),
+    }
 }
 
 #[cfg(test)]
@@ -290,21 +305,17 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
         let (program, said) = (directory.path().join("containerd"), directory.path().join("said"));
-        let script = format!("#!/bin/sh\necho \"$@\" > {0}.new\ncat >> {0}.new\nmv {0}.new {0}\n", said.display());
+        // The first time containerd is away.
+        let script = format!(
+            "#!/bin/sh\n[ -e {0}.tried ] || {{ > {0}.tried; exit 1; }}\necho \"$@\" > {0}; cat >> {0}\n",
+            said.display()
+        );
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
         let publisher = Publisher::start(Destination::Command { program, address: "/a.sock".into() }, "ns", log());
         publisher.publish(&TaskDelete { container_id: "one".into(), ..TaskDelete::default() });
-        publisher.flush(Duration::from_secs(10)).await;
-        let heard = timeout(Duration::from_secs(10), async {
-            loop {
-                match std::fs::read(&said) {
-                    Ok(bytes) => break bytes,
-                    Err(_) => sleep(Duration::from_millis(5)).await,
-                }
-            }
-        });
-        let heard = heard.await.expect("the command ran");
+        timeout(Duration::from_secs(20), publisher.delivered()).await.expect("the command ran");
+        let heard = std::fs::read(&said).unwrap();
         let line = b"--address /a.sock publish --topic /tasks/delete --namespace ns\n";
         let event = Any::parse_from_bytes(heard.strip_prefix(line).unwrap()).unwrap();
         assert_eq!(event.type_url, "containerd.events.TaskDelete");

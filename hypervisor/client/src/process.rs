@@ -142,6 +142,23 @@ impl Child {
         Ok(Self { pid, pidfd, reaped: None })
     }
 
+    /// Takes charge of a child that was started in another way: it is watched, and killed with this value, like any other.
+    ///
+    /// # Errors
+    /// If there is no descriptor for it. Then it is killed and reaped.
+    pub fn adopt(mut child: std::process::Child) -> io::Result<Self> {
+        let pid = Pid::from_raw(child.id().cast_signed());
+        match open_pidfd(pid) {
+            Ok(pidfd) => Ok(Self { pid, pidfd, reaped: None }),
+            Err(error) => {
+                // It may have ended already; what matters is that nothing of it stays.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw().cast_unsigned()
@@ -149,9 +166,14 @@ impl Child {
 
     /// Ends it at once; an ended process stays ended.
     pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    /// Sends it a signal; an ended process stays ended.
+    pub fn signal(&self, signal: Signal) {
         if self.reaped.is_none() {
             // The child is not reaped, so its pid is its own. ESRCH cannot happen, EPERM does not matter: it dies with us.
-            let _ = nix::sys::signal::kill(self.pid, Signal::SIGKILL);
+            let _ = nix::sys::signal::kill(self.pid, signal);
         }
     }
 

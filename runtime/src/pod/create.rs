@@ -21,7 +21,7 @@ use crate::{
     options,
     share::{Binds, Rootfs, Share},
     spec::BundleSpec,
-    stdio::{Fifos, FirstOutput, Stdio},
+    stdio::{FirstOutput, Stdio},
     tasks::Name,
     timeline::Stage,
 };
@@ -67,7 +67,7 @@ impl Pod {
         // The host's part is done while the machine boots.
         let spec = self.take_spec(&request.id, &request.bundle)?;
         let sources = self.open_binds(&spec).await?;
-        let fifos = Fifos::open(stdio).map_err(|error| TaskError::invalid_argument(error.to_string()))?;
+        let streams = self.open_streams(name, stdio).await?;
         let rootfs = self.mount_rootfs(request, &spec.rootfs).await?;
         self.tasks().container(&name.container)?.rootfs = Some(rootfs);
         let binds = self.mount_binds(&request.id, sources).await?;
@@ -76,8 +76,7 @@ impl Pod {
         let machine = self.machine.ready().await?;
         let joins = self.joined(&spec, machine.pid)?;
         self.run_create_hooks(name, &spec, machine.pid, Path::new(&request.bundle)).await?;
-        let connected =
-            fifos.connect(&machine.dialer).await.map_err(|error| TaskError::unavailable(error.to_string()))?;
+        let connected = streams.connect(&machine.dialer).await?;
         let create = CreateRequest {
             container_id: request.id.clone(),
             spec: self.guests_spec(&spec)?,

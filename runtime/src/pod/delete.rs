@@ -37,6 +37,10 @@ impl Pod {
             }
             return Err(error);
         }
+        let copies = self.tasks().entry(name)?.copies.take();
+        if let Some(copies) = copies {
+            copies.end(&self.log).await;
+        }
         let (exit, hooks) = {
             let mut tasks = self.tasks();
             let exit = tasks.entry(name)?.process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });

@@ -18,7 +18,7 @@ use crate::{
     flags::is_identifier,
     lifecycle::{Exit, KILLED, Refusal},
     machine::Machine,
-    stdio::{Fifos, Stdio},
+    stdio::{Opened, Place, Stdio, logger::Owner},
     tasks::Name,
     timeline::Stage,
 };
@@ -127,11 +127,26 @@ impl Pod {
         added
     }
 
+    /// Opens the host's side of a process's streams.
+    pub(super) async fn open_streams(&self, name: &Name, stdio: &Stdio) -> Result<Opened, TaskError> {
+        let Some(host) = &self.host else {
+            // There is none because there is no machine; that is the error to tell.
+            return Err(self
+                .machine
+                .ready()
+                .await
+                .err()
+                .unwrap_or_else(|| TaskError::unavailable("the pod has ended")));
+        };
+        let namespace = self.tasks().news().namespace().to_owned();
+        let owner = Owner { id: name.id(), namespace: &namespace };
+        let log = self.log.new(slog::o!("process" => name.id().to_owned()));
+        Ok(Opened::open(stdio, Place { owner, host, log }).await?)
+    }
+
     async fn exec_process(self: &Arc<Self>, name: &Name, stdio: &Stdio, process: Vec<u8>) -> Result<(), TaskError> {
         let machine = self.machine.get()?;
-        let fifos = Fifos::open(stdio).map_err(|error| TaskError::invalid_argument(error.to_string()))?;
-        let connected =
-            fifos.connect(&machine.dialer).await.map_err(|error| TaskError::unavailable(error.to_string()))?;
+        let connected = self.open_streams(name, stdio).await?.connect(&machine.dialer).await?;
         let exec = ExecRequest {
             container_id: name.container.clone(),
             exec_id: name.exec.clone(),

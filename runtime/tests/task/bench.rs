@@ -248,6 +248,11 @@ impl Bench {
         self.publisher.flush(limit).await;
     }
 
+    /// A place of the test's own.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
     pub fn fifo(&self, name: &str) -> String {
         let path = self.directory.path().join(name);
         mkfifo(&path, Mode::S_IRWXU).unwrap();

@@ -7,6 +7,7 @@ mod guest;
 mod host;
 mod machine;
 mod restart;
+mod streams;
 
 use bench::{Bench, LIMIT, reader, refusal, within};
 use containerd_shim_protos::{
