@@ -135,6 +135,11 @@ impl MachineHandle {
         }
     }
 
+    /// Whether it has ended, or never came up.
+    pub fn is_lost(&self) -> bool {
+        matches!(*self.state.borrow(), MachineState::Lost(_))
+    }
+
     /// Waits until it is lost, and says why.
     pub async fn lost(&self) -> Arc<str> {
         let mut state = self.state.clone();

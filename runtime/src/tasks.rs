@@ -284,6 +284,18 @@ impl<N: News> Tasks<N> {
         news.is_some()
     }
 
+    /// A container is deleted that was never started: its init process, which waited for that, was killed.
+    pub fn killed_unstarted(&mut self, id: &str, at: SystemTime) {
+        self.tell_exit(&Name::new(id, ""), Some(Exit { status: KILLED, at }));
+    }
+
+    /// The running copies of every process, to be ended.
+    pub fn take_copies(&mut self) -> Vec<Copies> {
+        let containers = self.containers.values_mut();
+        let entries = containers.flat_map(|container| container.execs.values_mut().chain([&mut container.init]));
+        entries.filter_map(|entry| entry.copies.take()).collect()
+    }
+
     /// The machine has ended: everything that ran in it was killed.
     pub fn machine_lost(&mut self, at: SystemTime) {
         let names: Vec<Name> = (self.containers.iter())

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use caisson_protos::agent::KillRequest;
 use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
 use slog::debug;
+use tokio::task::JoinSet;
 use ttrpc::context::with_duration;
 
 use super::{Pod, limited, process_request};
@@ -31,7 +32,11 @@ impl Pod {
             let entry = tasks.entry(name)?;
             (entry.process.begin_delete()?, tasks.pid(name))
         };
-        if let Err(error) = self.delete_in_guest(name, unstarted).await {
+        let deleted = self.delete_in_guest(name, unstarted).await;
+        if unstarted && name.exec.is_empty() {
+            self.tasks().killed_unstarted(&name.container, SystemTime::now());
+        }
+        if let Err(error) = deleted {
             if let Ok(entry) = self.tasks().entry(name) {
                 entry.process.delete_failed(SystemTime::now());
             }
@@ -63,6 +68,19 @@ impl Pod {
         }
         let exited_at = timestamp(exit.at);
         Ok(DeleteResponse { pid, exit_status: exit.status, exited_at, ..DeleteResponse::default() })
+    }
+
+    /// What output is still on its way reaches its readers, and loggers end, as at a Delete of every process.
+    pub(super) async fn end_streams(&self) {
+        let mut ending = JoinSet::new();
+        for copies in self.tasks().take_copies() {
+            let log = self.log.clone();
+            ending.spawn(async move {
+                copies.drained(DRAIN_LIMIT).await;
+                copies.end(&log).await;
+            });
+        }
+        while ending.join_next().await.is_some() {}
     }
 
     async fn delete_in_guest(&self, name: &Name, unstarted: bool) -> Result<(), TaskError> {

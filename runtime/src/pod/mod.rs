@@ -180,6 +180,7 @@ impl Pod {
             return;
         }
         self.machine.stop().await;
+        self.end_streams().await;
         drop(lock(&self.share).take());
         let allotment = lock(&self.allotment).take();
         if let Some(Err(error)) = allotment.map(Allotment::end) {

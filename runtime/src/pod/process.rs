@@ -179,7 +179,6 @@ impl Pod {
         if signal == 0 {
             return Ok(());
         }
-        let machine = self.machine.get()?;
         let request = KillRequest {
             container_id: name.container.clone(),
             exec_id: name.exec.clone(),
@@ -187,14 +186,17 @@ impl Pod {
             all,
             ..KillRequest::default()
         };
-        let killed = self.agent_call("Kill", machine.agent.kill(limited(), &request)).await;
-        match killed {
-            // It ended a moment ago.
-            Err(error) if matches!(error.code(), Code::NOT_FOUND | Code::FAILED_PRECONDITION) => match all {
-                true => Ok(()),
-                false => Err(Refusal::Finished.into()),
-            },
-            killed => killed.map(drop),
+        let killed = match self.machine.get() {
+            Ok(machine) => self.agent_call("Kill", machine.agent.kill(limited(), &request)).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = killed else { return Ok(()) };
+        // It ended a moment ago, by itself or with its machine.
+        let finished = matches!(error.code(), Code::NOT_FOUND | Code::FAILED_PRECONDITION) || self.machine.is_lost();
+        match (finished, all) {
+            (false, _) => Err(error),
+            (true, true) => Ok(()),
+            (true, false) => Err(Refusal::Finished.into()),
         }
     }
 

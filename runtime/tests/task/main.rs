@@ -220,6 +220,7 @@ async fn a_lost_machine_ends_everything_and_the_reason_is_told() {
         assert_eq!(wait.await.unwrap().exit_status, 137);
     }
     assert_eq!(refusal(bench.exec("one", "y", &["sleep"], "").await).1, "cannot exec in a stopped state");
+    assert_eq!(refusal(bench.kill("one", "", 9).await), (Code::NOT_FOUND, "process already finished".into()));
     assert_eq!(bench.delete("one", "x").await.unwrap().exit_status, 137);
     assert_eq!(bench.delete("one", "").await.unwrap().exit_status, 137);
     assert_eq!(bench.shared(), Vec::<String>::new());
@@ -280,6 +281,7 @@ async fn a_created_container_can_be_deleted_without_a_start() {
     assert_eq!(bench.delete("one", "").await.unwrap().exit_status, 137);
     assert_eq!(*bench.guest.calls.lock().unwrap(), ["Create one/", "Kill(9, true) one/", "Delete one/"]);
     assert_eq!(bench.shared(), Vec::<String>::new());
+    assert_eq!(bench.events().await, ["/tasks/create", "/tasks/exit one 137", "/tasks/delete"]);
 }
 
 #[tokio::test]

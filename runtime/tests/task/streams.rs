@@ -100,6 +100,23 @@ async fn a_logger_is_there_from_create_to_delete() {
     assert_eq!(logged("x"), "ns k v\nexec\nto stderr\nend\n");
 }
 
+/// A shim that is told to end (SIGTERM) has containers still.
+#[tokio::test]
+async fn the_end_of_a_pod_waits_for_its_loggers() {
+    let bench = Bench::new().await;
+    let (program, log) = (bench.path("logger"), bench.path("log"));
+    let script = format!("#!/bin/sh\nexec 5>&-\n{{ /bin/cat <&3; /bin/sleep 0.2; echo end; }} > {}\n", log.display());
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut request = bench.request("one", &["echo", "hello"]);
+    request.stdout = format!("binary://{}", program.display());
+    bench.create(&request).await.unwrap();
+    bench.start("one", "").await.unwrap();
+    bench.wait("one", "").await.unwrap();
+    timeout(LIMIT, bench.pod.shutdown(true)).await.expect("it ends");
+    assert_eq!(fs::read_to_string(log).unwrap(), "hello\nend\n");
+}
+
 #[tokio::test]
 async fn streams_that_cannot_be_had_are_refused_with_a_code() {
     let bench = Bench::new().await;
