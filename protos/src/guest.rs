@@ -23,6 +23,12 @@ pub const SHARE_TAG: &str = "caisson";
 /// Where the agent mounts the shared directory. A container's root lies at `<SHARE_MOUNT>/<CreateRequest.rootfs>`.
 pub const SHARE_MOUNT: &str = "/run/caisson/shared";
 
+/// The virtio-fs tag of the same directory once more, there if the pod has bind mounts: the guest trusts no cache for what it reaches
+/// by this one, because the host's processes change it, too.
+pub const HOST_SHARE_TAG: &str = "caisson-host";
+/// Where the agent mounts that, below [`SHARE_MOUNT`]. No container's directory has this name.
+pub const HOST_SHARE_DIRECTORY: &str = ".host";
+
 /// The I/O port (x86) through which the agent ends its machine in order: one byte, [`POWER_OFF`].
 ///
 /// A guest without ACPI has no standard way to power off; the kernel's own `reboot` reaches the monitor as a reset.

@@ -115,6 +115,7 @@ impl Prepared {
         };
         self.provision.spec = Some((flags.id.clone(), spec));
         self.provision.share = Some(launched.share);
+        self.provision.has_host_share = launched.has_host_share;
         self.provision.allotment = Some(launched.allotment);
         Ok(launched.machine)
     }

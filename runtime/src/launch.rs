@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use caisson_protos::guest::{GUEST_CID, SHARE_TAG};
+use caisson_protos::guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG};
 use caisson_vmm_client::{
     CallError, Child, Console, Machine, Memory, SpawnError, Vsock, control, packet, process::spawn_monitor,
 };
@@ -94,6 +94,8 @@ pub struct Launch {
     pub share: Share,
     /// What they may use.
     pub allotment: Allotment,
+    /// Whether the guest can have bind mounts.
+    pub has_host_share: bool,
 }
 
 /// Makes the pod's directories and its cgroup, mounts its share and launches its machine. `log` becomes the children's standard error.
@@ -111,6 +113,10 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
     let (guest_streams, monitors_streams) = packet::pair().map_err(system("make a socket pair"))?;
     let (monitors_share, servers_share) = packet::pair().map_err(system("make a socket pair"))?;
+    let host_share =
+        pod.spec.wants_host_share().then(packet::pair).transpose().map_err(system("make a socket pair"))?;
+    let has_host_share = host_share.is_some();
+    let (monitors_host_share, servers_host_share) = host_share.unzip();
     let (console, output) = console(config.debug_console)?;
     let share = Share::mount(paths)?;
 
@@ -127,13 +133,20 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         console: output.map(|output| Console { output, early: true }),
         vsock: Some(Vsock { guest_cid: GUEST_CID, listener, guest_streams: monitors_streams }),
         disks: Vec::new(),
-        shares: vec![caisson_vmm_client::Share { tag: SHARE_TAG.into(), server: monitors_share }],
+        shares: [(SHARE_TAG, Some(monitors_share)), (HOST_SHARE_TAG, monitors_host_share)]
+            .into_iter()
+            .filter_map(|(tag, server)| Some(caisson_vmm_client::Share { tag: tag.into(), server: server? }))
+            .collect(),
     };
     control::configure_and_start(&control, machine)?;
 
     let root = share.open_view()?;
-    let arguments = ["--socket-fd", "3", "--root-fd", "4"];
-    let descriptors = [(servers_share.as_fd(), 3), (root.as_fd(), 4)];
+    let mut arguments = vec!["--socket-fd", "3", "--root-fd", "4"];
+    let mut descriptors = vec![(servers_share.as_fd(), 3), (root.as_fd(), 4)];
+    if let Some(socket) = &servers_host_share {
+        arguments.extend(["--host-socket-fd", "5"]);
+        descriptors.push((socket.as_fd(), 5));
+    }
     let fsd = Child::spawn_in(&config.file_server(), &arguments, &descriptors, log, Some(procs.as_fd()))?;
     record(paths, &vmm, &fsd)?;
     for child in [&vmm, &fsd] {
@@ -141,7 +154,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         let _ = processes::set_oom_score(child.pid(), pod.spec.oom_score_adj);
     }
     let machine = Launched { spawned_ns, image, vmm, fsd, control, guest_streams, console, dialer };
-    Ok(Launch { machine, share, allotment })
+    Ok(Launch { machine, share, allotment, has_host_share })
 }
 
 /// The machine's size and the pod's cgroup, as the specification asks.

@@ -6,6 +6,7 @@
 //!   shared/   tmpfs, read-write: only the shim writes here ──peers──  view/   the same, read-only: caisson-fsd's root
 //!     └ <container>/rootfs   overlay, bind, …                           └ <container>/rootfs   (propagated)
 //!     └ <container>/mounts/<index>   files and directories of the host  └ likewise
+//!     └ .host   an empty directory, the guest's mount point             └ likewise
 //! ```
 //!
 //! What is mounted there is nosuid, nodev and noexec: caisson-fsd may make device nodes for a guest, and even if a guest
@@ -18,6 +19,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use caisson_protos::guest::HOST_SHARE_DIRECTORY;
 use nix::{
     fcntl::{OFlag, open},
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -103,6 +105,8 @@ impl Share {
         let data = Some("mode=0700,size=1m,nr_inodes=4096");
         mount(Some("caisson"), &share.shared, Some("tmpfs"), nothing, data).map_err(failed("mount a tmpfs"))?;
         mount(none, &share.shared, none, MsFlags::MS_SHARED, none).map_err(failed("share its mounts"))?;
+        fs::create_dir(share.shared.join(HOST_SHARE_DIRECTORY))
+            .map_err(|source| ShareError { step: "make the guest's mount point", source })?;
         mount(Some(&share.shared), &share.view, none, MsFlags::MS_BIND, none).map_err(failed("make the view"))?;
         let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | nothing;
         mount(none, &share.view, none, read_only, none).map_err(failed("make the view read-only"))?;
@@ -151,8 +155,14 @@ impl Share {
         Ok(rootfs)
     }
 
-    /// A bind mount's place, relative to the shared directory: what the agent is told.
+    /// A bind mount's place, relative to the shared directory: what the agent is told. By way of the connection for what the
+    /// host's processes change, too.
     pub fn bind_name(container: &str, index: u32) -> String {
+        format!("{HOST_SHARE_DIRECTORY}/{}", Self::bind_place(container, index))
+    }
+
+    /// Where it lies.
+    pub fn bind_place(container: &str, index: u32) -> String {
         format!("{container}/mounts/{index}")
     }
 

@@ -45,6 +45,7 @@ impl Containers {
         check_name("container_id", &id)?;
         let rootfs = relative(&request.rootfs)?;
         let stdio = request.stdio.unwrap_or_default();
+        let has_binds = !request.binds.is_empty();
         let mut accepted = spec::container(&request.spec, stdio.terminal)?;
         // The machine's own name says nothing to anyone.
         accepted.view.hostname.get_or_insert_with(|| id.chars().take(MAX_HOSTNAME).collect());
@@ -73,7 +74,7 @@ impl Containers {
             map.insert(id.clone(), container.clone());
         }
         let built = async {
-            let share = self.share()?;
+            let share = self.share.get(has_binds)?;
             let streams = self.host_streams(&stdio).await?;
             self.build(&container, accepted, share, rootfs, streams).await
         };

@@ -72,11 +72,10 @@ impl Containers {
 
     /// Brings what the containers wrote to the host's file system.
     async fn write_back(&self) -> Result<()> {
-        let share = self.share()?;
+        let roots = self.share.roots();
         let failed = |error| Error::Io { what: "write the container's files back".into(), error };
         let work = tokio::task::spawn_blocking(move || {
-            let directory = std::fs::File::open(share)?;
-            Ok(rustix::fs::syncfs(&directory)?)
+            roots.iter().try_for_each(|root| Ok(rustix::fs::syncfs(std::fs::File::open(root)?)?))
         });
         match tokio::time::timeout(SYNC_LIMIT, work).await {
             Ok(Ok(result)) => result.map_err(failed),

@@ -10,21 +10,20 @@ mod delete;
 mod error;
 mod exec;
 mod process;
+mod share;
 
 use std::{
     collections::HashMap,
     io,
-    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use caisson_protos::{
-    agent::{KillRequest, ProcessInfo, ResizePtyRequest, Stdio},
-    guest::SHARE_TAG,
-};
+use caisson_protos::agent::{KillRequest, ProcessInfo, ResizePtyRequest, Stdio};
 pub use error::Error;
 use error::Result;
 use process::Process;
+use share::Mounts;
+pub use share::Share;
 use slog::{Logger, info};
 use tokio::sync::RwLock;
 
@@ -38,23 +37,6 @@ use crate::{
     streams::Streams,
     sys,
 };
-
-/// The pod's shared directory, below which root file systems lie.
-#[derive(Clone, Debug)]
-pub enum Share {
-    /// A directory that is simply there (tests).
-    Directory(PathBuf),
-    /// The virtio-fs mount at this path, made when it is first needed: the file server may start after the guest.
-    VirtioFs(PathBuf),
-}
-
-impl Share {
-    fn path(&self) -> &Path {
-        match self {
-            Self::Directory(path) | Self::VirtioFs(path) => path,
-        }
-    }
-}
 
 /// One container.
 struct Container {
@@ -79,7 +61,7 @@ impl Container {
 
 /// Every container of the pod.
 pub struct Containers {
-    share: Mutex<(Share, bool)>,
+    share: Mounts,
     cgroups: Cgroups,
     launcher: Launcher,
     streams: Streams,
@@ -98,7 +80,7 @@ impl Containers {
     /// Begins without any.
     pub fn new(share: Share, cgroups: Cgroups, launcher: Launcher, streams: Streams, log: Logger) -> Arc<Self> {
         Arc::new(Self {
-            share: Mutex::new((share, false)),
+            share: Mounts::new(share),
             cgroups,
             launcher,
             streams,
@@ -208,29 +190,6 @@ impl Containers {
         }
         let process = lock(&container.execs).get(exec).cloned();
         process.ok_or_else(|| Error::NoExec { container: id.to_owned(), exec: exec.to_owned() })
-    }
-
-    /// The shared directory, mounted.
-    fn share(&self) -> Result<PathBuf> {
-        let mut guard = lock(&self.share);
-        let (share, mounted) = &mut *guard;
-        if let Share::VirtioFs(path) = &*share
-            && !*mounted
-        {
-            let mount = || {
-                std::fs::create_dir_all(path)?;
-                let nothing = None::<&std::ffi::CStr>;
-                // Returns before the file server answers: the kernel opens the FUSE session in the background.
-                rustix::mount::mount(SHARE_TAG, path, "virtiofs", rustix::mount::MountFlags::empty(), nothing)?;
-                Ok(())
-            };
-            mount().map_err(|error| Error::Io {
-                what: format!("mount the shared directory {SHARE_TAG} on {}", path.display()),
-                error,
-            })?;
-            *mounted = true;
-        }
-        Ok(share.path().to_owned())
     }
 
     /// Waits for the streams that a call named.

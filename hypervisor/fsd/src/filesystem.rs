@@ -34,6 +34,7 @@ use crate::{
     attributes::{attributes, examine, file_system},
     directory,
     files::{Access, out_of_descriptors, reopen},
+    handshake::Sharing,
     identity::{creating_as, without_fsetid},
     tree::{Tree, component},
 };
@@ -95,8 +96,9 @@ impl FileSystem for Service {
     type Handle = u64;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.tree().clear();
-        Ok(capable & crate::handshake::OPTIONS)
+        let mut tree = self.tree();
+        tree.clear();
+        Ok(capable & tree.sharing().options())
     }
 
     fn destroy(&self) {
@@ -260,7 +262,9 @@ impl FileSystem for Service {
             }
             Err(errno) => return Err(errno.into()),
         };
-        Ok((entry, None, OpenOptions::KEEP_CACHE, None))
+        let cached = tree.sharing() == Sharing::Alone;
+        let options = if cached { OpenOptions::KEEP_CACHE } else { OpenOptions::empty() };
+        Ok((entry, None, options, None))
     }
 
     fn read(

@@ -10,8 +10,33 @@
 //!   replaces it.
 //! - **setuid, setgid** go on write, truncate and chown; the server takes care when the guest says so (KILLPRIV_V2).
 //! - **Locks** stay in the guest.
+//!
+//! Files that the host's own processes change as well ([`Sharing::WithHost`]) have no writeback cache: a guest with one trusts its own
+//! idea of a file's size and content. Instead it asks before each read whether the file has changed, and throws away what it has of it.
 
 use fuse_backend_rs::abi::fuse_abi::FsOptions;
+
+/// Who changes the files of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// The guest alone, below what the shim makes.
+    Alone,
+    /// The host's processes, too.
+    WithHost,
+}
+
+impl Sharing {
+    /// What is agreed on, if the guest can.
+    pub const fn options(self) -> FsOptions {
+        match self {
+            Self::Alone => OPTIONS,
+            Self::WithHost => OPTIONS
+                .difference(FsOptions::WRITEBACK_CACHE)
+                .difference(FsOptions::EXPLICIT_INVAL_DATA)
+                .union(FsOptions::AUTO_INVAL_DATA),
+        }
+    }
+}
 
 /// Everything that this server does, if the guest can.
 pub const OPTIONS: FsOptions = FsOptions::from_bits_truncate(
@@ -44,11 +69,11 @@ const PAGE: usize = 4096;
 /// The length of INIT's answer, bytes.
 const OUT: usize = 64;
 
-/// The answer to an INIT whose body is `body`, over a socket with a send buffer of `send_buffer` bytes.
+/// The answer to an INIT whose body is `body`, over a socket with a send buffer of `send_buffer` bytes, for files of this sharing.
 ///
 /// # Errors
 /// EPROTO for a guest that is too old, EINVAL for a malformed request.
-pub fn answer(body: &[u8], send_buffer: usize) -> Result<[u8; OUT], i32> {
+pub fn answer(body: &[u8], send_buffer: usize, sharing: Sharing) -> Result<[u8; OUT], i32> {
     let field = |at: usize| body.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
     let (Some(major), Some(minor), Some(readahead), Some(flags)) = (field(0), field(4), field(8), field(12)) else {
         return Err(libc::EINVAL);
@@ -70,7 +95,7 @@ pub fn answer(body: &[u8], send_buffer: usize) -> Result<[u8; OUT], i32> {
     }
     let pages = pages(send_buffer);
     put(8, &readahead.to_le_bytes());
-    put(12, &((OPTIONS.bits() as u32) & flags).to_le_bytes());
+    put(12, &((sharing.options().bits() as u32) & flags).to_le_bytes());
     // Requests in the background and when to throttle: as many as the queue holds.
     put(16, &512u16.to_le_bytes());
     put(18, &384u16.to_le_bytes());
@@ -103,11 +128,11 @@ mod tests {
 
     #[test]
     fn only_what_both_know_is_agreed_on() {
-        let out = answer(&init(7, 37, u32::MAX), 8 << 20).unwrap();
+        let out = answer(&init(7, 37, u32::MAX), 8 << 20, Sharing::Alone).unwrap();
         assert_eq!(field(&out, 12), OPTIONS.bits() as u32);
         assert_eq!(field(&out, 20), 1 << 20);
         assert_eq!(field(&out, 28), 256);
-        assert_eq!(field(&answer(&init(7, 37, 0x20), 8 << 20).unwrap(), 12), 0x20);
+        assert_eq!(field(&answer(&init(7, 37, 0x20), 8 << 20, Sharing::Alone).unwrap(), 12), 0x20);
     }
 
     #[test]
@@ -118,22 +143,33 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_trusts_its_own_idea_of_a_file_only_where_nobody_else_changes_it() {
+        let flags = |sharing| {
+            FsOptions::from_bits_truncate(field(&answer(&init(7, 37, u32::MAX), 8 << 20, sharing).unwrap(), 12).into())
+        };
+        let (alone, with_host) = (flags(Sharing::Alone), flags(Sharing::WithHost));
+        assert!(alone.contains(FsOptions::WRITEBACK_CACHE) && !alone.contains(FsOptions::AUTO_INVAL_DATA));
+        assert!(!with_host.intersects(FsOptions::WRITEBACK_CACHE | FsOptions::EXPLICIT_INVAL_DATA));
+        assert!(with_host.contains(FsOptions::AUTO_INVAL_DATA));
+    }
+
+    #[test]
     fn an_old_guest_is_refused_and_a_new_major_version_is_told_ours() {
-        assert_eq!(answer(&init(7, 31, 0), 8 << 20), Err(libc::EPROTO));
-        assert_eq!(answer(&init(6, 99, 0), 8 << 20), Err(libc::EPROTO));
-        assert_eq!(field(&answer(&init(8, 0, 0), 8 << 20).unwrap(), 0), 7);
+        assert_eq!(answer(&init(7, 31, 0), 8 << 20, Sharing::Alone), Err(libc::EPROTO));
+        assert_eq!(answer(&init(6, 99, 0), 8 << 20, Sharing::Alone), Err(libc::EPROTO));
+        assert_eq!(field(&answer(&init(8, 0, 0), 8 << 20, Sharing::Alone).unwrap(), 0), 7);
     }
 
     #[test]
     fn a_small_socket_makes_small_requests() {
-        let out = answer(&init(7, 37, u32::MAX), 212_992).unwrap();
+        let out = answer(&init(7, 37, u32::MAX), 212_992, Sharing::Alone).unwrap();
         assert_eq!((field(&out, 20), field(&out, 28)), (50 * 4096, 50));
     }
 
     proptest! {
         #[test]
         fn arbitrary_bodies_never_panic(body in prop::collection::vec(any::<u8>(), 0..80), buffer: usize) {
-            let _ = answer(&body, buffer);
+            let _ = answer(&body, buffer, Sharing::Alone);
         }
     }
 }

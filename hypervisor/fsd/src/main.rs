@@ -1,10 +1,11 @@
 //! The program: takes two descriptors, enters the jail, serves until the monitor closes the socket.
 //!
-//! `caisson-fsd --socket-fd 3 --root-fd 4 [--max-files N]`: a SOCK_SEQPACKET socket to the virtio-fs device, the shared
-//! directory, and how many files the guest may remember at once (default: as many as descriptors can be had, about a
-//! million). A guest that wants more gets ENFILE.
+//! `caisson-fsd --socket-fd 3 --root-fd 4 [--host-socket-fd 5] [--max-files N]`: a SOCK_SEQPACKET socket to a virtio-fs device, the
+//! shared directory, the socket of another device that shows the same directory to a guest that shares it with the host's processes
+//! ([`Sharing::WithHost`]), and how many files the guest may remember at once by each (default: as many as descriptors can be had,
+//! about a million in all). A guest that wants more gets ENFILE.
 //!
-//! Exit status 0 when the socket closes, 1 with a message on standard error otherwise.
+//! Exit status 0 when the sockets close, 1 with a message on standard error otherwise.
 
 use std::{
     os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
@@ -12,7 +13,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use caisson_fsd::{jail, session, session::Session, tree::RESERVED_DESCRIPTORS, tree::Tree};
+use caisson_fsd::{
+    handshake::Sharing,
+    jail,
+    session::{self, Session},
+    tree::{RESERVED_DESCRIPTORS, Tree},
+};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use slog::{Logger, error, info};
 
 /// Of the thread that serves, bytes: directory listings take 4 KiB, the rest is calls.
@@ -31,42 +38,83 @@ fn main() -> ExitCode {
 }
 
 fn run(log: &Logger) -> Result<()> {
-    let Arguments { socket, root, max_files } = arguments(std::env::args().skip(1))?;
-    ensure!(socket != root, "--socket-fd and --root-fd are the same descriptor, {socket}");
-    let (socket, root) = (descriptor(socket, "--socket-fd")?, descriptor(root, "--root-fd")?);
-    session::check_socket(&socket).context("--socket-fd")?;
+    let Arguments { socket, host_socket, root, max_files } = arguments(std::env::args().skip(1))?;
+    let named = [("--socket-fd", Some(socket), Sharing::Alone), ("--host-socket-fd", host_socket, Sharing::WithHost)];
+    let mut sockets = Vec::new();
+    for (name, number, sharing) in named {
+        let Some(number) = number else { continue };
+        ensure!(number != root, "{name} and --root-fd are the same descriptor, {root}");
+        ensure!(sockets.is_empty() || number != socket, "--socket-fd and {name} are the same descriptor, {number}");
+        let socket = descriptor(number, name)?;
+        session::check_socket(&socket).context(name)?;
+        session::raise_send_buffer(&socket);
+        sockets.push((socket, sharing));
+    }
+    let root = descriptor(root, "--root-fd")?;
     jail::check_directory(&root).context("--root-fd")?;
-    session::raise_send_buffer(&socket);
     let jail = jail::enter(root)?;
-    let nodes = usize::try_from(jail.descriptors)?.saturating_sub(RESERVED_DESCRIPTORS);
+    let each = usize::try_from(jail.descriptors)? / sockets.len();
+    let nodes = each.saturating_sub(RESERVED_DESCRIPTORS);
     ensure!(nodes > 0, "at most {} descriptors are allowed, {RESERVED_DESCRIPTORS} are too few", jail.descriptors);
-    let tree = Tree::new(jail.root, jail.proc_fds, nodes.min(max_files)).context("looking at the shared directory")?;
-    let session = Session::new(socket, tree, log.clone())?;
-    // A thread of its own, because it changes its user all the time and the main thread must not (see jail::enter).
-    let serve = move || session.run();
-    let thread = std::thread::Builder::new().name("fs".into()).stack_size(STACK).spawn(serve)?;
-    match thread.join() {
-        Ok(served) => served.context("the socket to the monitor failed")?,
-        Err(_) => bail!("the serving thread panicked"),
+    let mut threads = Vec::new();
+    for (socket, sharing) in sockets {
+        let (root, proc_fds) = (jail.root.try_clone()?, jail.proc_fds.try_clone()?);
+        let tree =
+            Tree::new(root, proc_fds, nodes.min(max_files), sharing).context("looking at the shared directory")?;
+        let session = Session::new(socket, tree, log.clone())?;
+        // A thread of its own, because it changes its user all the time and the main thread must not (see jail::enter).
+        let serve = move || serve(&session);
+        threads.push(std::thread::Builder::new().name("fs".into()).stack_size(STACK).spawn(serve)?);
+    }
+    drop(jail);
+    for thread in threads {
+        if thread.join().is_err() {
+            bail!("a serving thread panicked");
+        }
     }
     info!(log, "the monitor closed its end");
     Ok(())
 }
 
+/// Serves one socket until it closes. When that fails the process ends, whatever the other does: half a file server is none.
+fn serve(session: &Session) {
+    /// Ends the process if the thread panics.
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                std::process::exit(1);
+            }
+        }
+    }
+    let _bomb = Bomb;
+    // The umask, which each request sets, is a thread's own only if its working directory is.
+    // SAFETY: no FILES flag: the table of descriptors stays as it is.
+    let served = unsafe { unshare_unsafe(UnshareFlags::FS) }.and_then(|()| session.run());
+    if let Err(errno) = served {
+        error!(session.log(), "the socket to the monitor failed"; "error" => %errno);
+        std::process::exit(1);
+    }
+}
+
 struct Arguments {
     socket: RawFd,
+    host_socket: Option<RawFd>,
     root: RawFd,
     max_files: usize,
 }
 
 fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
-    const USAGE: &str = "usage: caisson-fsd --socket-fd N --root-fd N [--max-files N]";
-    let (mut socket, mut root, mut max_files) = (None, None, usize::MAX);
+    const USAGE: &str = "usage: caisson-fsd --socket-fd N --root-fd N [--host-socket-fd N] [--max-files N]";
+    let (mut socket, mut host_socket, mut root, mut max_files) = (None, None, None, usize::MAX);
     while let Some(word) = words.next() {
         let mut number = || words.next().with_context(|| format!("{word} needs a number; {USAGE}"));
         let wrong = |value: &str| format!("{word} {value:?}: not a number");
         match word.as_str() {
             "--socket-fd" => socket = Some(number().and_then(|n| n.parse().with_context(|| wrong(&n)))?),
+            "--host-socket-fd" => {
+                host_socket = Some(number().and_then(|n| n.parse().with_context(|| wrong(&n)))?);
+            }
             "--root-fd" => root = Some(number().and_then(|n| n.parse().with_context(|| wrong(&n)))?),
             "--max-files" => max_files = number().and_then(|n| n.parse().with_context(|| wrong(&n)))?,
             other => bail!("unknown argument {other:?}; {USAGE}"),
@@ -74,7 +122,7 @@ fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
     }
     let socket = socket.with_context(|| format!("--socket-fd is missing; {USAGE}"))?;
     let root = root.with_context(|| format!("--root-fd is missing; {USAGE}"))?;
-    Ok(Arguments { socket, root, max_files })
+    Ok(Arguments { socket, host_socket, root, max_files })
 }
 
 /// Takes over an inherited descriptor.

@@ -59,6 +59,11 @@ impl Session {
         Ok(Self { socket, send_buffer, server: Server::new(service.clone()), service, log })
     }
 
+    /// Where it logs.
+    pub fn log(&self) -> &Logger {
+        &self.log
+    }
+
     /// Serves until the other end closes.
     ///
     /// # Errors
@@ -95,8 +100,9 @@ impl Session {
             };
         }
         if is(Opcode::Init) {
-            self.service.tree().clear();
-            return match handshake::answer(body, self.send_buffer) {
+            let mut tree = self.service.tree();
+            tree.clear();
+            return match handshake::answer(body, self.send_buffer, tree.sharing()) {
                 Ok(answer) => self.answer(&header, &answer),
                 Err(errno) => self.fail(&header, errno),
             };

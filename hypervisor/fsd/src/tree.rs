@@ -8,7 +8,7 @@
 //! What the guest may keep in its caches depends on the mount. The mount of the shared directory itself belongs to the
 //! shim, which adds and removes pods' directories there at any time: nothing of it is cached. What is mounted
 //! below (a container's root file system) nobody changes but the guest: that is cached for a day, names
-//! that do not exist included.
+//! that do not exist included. Of a tree that is shared with the host's processes nothing is.
 
 use std::{
     collections::HashMap,
@@ -29,6 +29,7 @@ use crate::{
     attributes::{attributes, examine, key, kind},
     directory::Directory,
     files::{Access, OpenFiles, out_of_descriptors, reopen},
+    handshake::Sharing,
     nodes::Nodes,
 };
 
@@ -50,6 +51,7 @@ pub struct Tree {
     directories: HashMap<u64, (u64, Directory)>,
     next_handle: u64,
     proc_fds: OwnedFd,
+    sharing: Sharing,
 }
 
 impl Tree {
@@ -57,10 +59,11 @@ impl Tree {
     ///
     /// # Errors
     /// If `root` cannot be looked at.
-    pub fn new(root: OwnedFd, proc_fds: OwnedFd, limit: usize) -> Result<Self, Errno> {
+    pub fn new(root: OwnedFd, proc_fds: OwnedFd, limit: usize, sharing: Sharing) -> Result<Self, Errno> {
         let key = key(&examine(&root)?);
         let nodes = Nodes::new(root, key, limit);
-        Ok(Self { nodes, files: OpenFiles::default(), directories: HashMap::new(), next_handle: 1, proc_fds })
+        let (files, directories) = (OpenFiles::default(), HashMap::new());
+        Ok(Self { nodes, files, directories, next_handle: 1, proc_fds, sharing })
     }
 
     /// Forgets what a guest knew: it has restarted or unmounted.
@@ -68,6 +71,11 @@ impl Tree {
         self.nodes.clear();
         self.files.clear();
         self.directories.clear();
+    }
+
+    /// Who changes its files.
+    pub fn sharing(&self) -> Sharing {
+        self.sharing
     }
 
     /// The directory `/proc/self/fd`.
@@ -144,7 +152,7 @@ impl Tree {
     /// ESTALE if there is no such node.
     pub fn timeout(&self, node: u64) -> Result<Duration, Errno> {
         let shims = self.nodes.on_root_mount(&self.nodes.get(node)?.key);
-        Ok(if shims { Duration::ZERO } else { CACHED })
+        Ok(if shims || self.sharing == Sharing::WithHost { Duration::ZERO } else { CACHED })
     }
 
     /// Takes references back.

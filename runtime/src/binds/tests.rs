@@ -51,7 +51,7 @@ impl Stage {
 
     /// As caisson-fsd sees it.
     fn seen(&self, index: u32) -> PathBuf {
-        self.paths.view().join(Share::bind_name("one", index))
+        self.paths.view().join(Share::bind_place("one", index))
     }
 }
 
@@ -95,7 +95,7 @@ fn what_is_read_only_is_so_with_all_below_it_for_everybody() {
     tmpfs(&stage.host("dir/below"));
     fs::write(stage.host("dir/below/file"), "").unwrap();
     let mounted = stage.mounted(&[stage.bind(0, &stage.host("dir"), true, true)]);
-    for place in [stage.paths.shared().join(Share::bind_name("one", 0)), stage.seen(0)] {
+    for place in [stage.paths.shared().join(Share::bind_place("one", 0)), stage.seen(0)] {
         assert!(place.join("below/file").exists());
         for file in ["new", "below/new", "below/file"] {
             let error = fs::write(place.join(file), "x").expect_err(file);

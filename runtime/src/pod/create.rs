@@ -146,6 +146,11 @@ impl Pod {
             return Ok(Vec::new());
         }
         let Some(host) = &self.host else { return Err(self.no_machine().await) };
+        if !self.has_host_share {
+            let message =
+                "mounts: the pod's first container had no bind mounts, so the machine has no device for others'";
+            return Err(TaskError::failed_precondition(message));
+        }
         let binds = spec.binds.clone();
         let opened = host.run(move || binds::open(&binds)).await;
         let opened = opened.map_err(|error| TaskError::internal(format!("the host's mount namespace: {error}")))?;

@@ -49,6 +49,8 @@ pub struct Provision {
     pub host: Option<HostView>,
     /// The machine's size and the pod's cgroup.
     pub allotment: Option<Allotment>,
+    /// Whether the guest can have bind mounts.
+    pub has_host_share: bool,
     /// What is wrong with the spec: the answer to Create.
     pub refused: Option<String>,
 }
@@ -61,6 +63,7 @@ pub struct Pod {
     /// None: likewise, or the pod has ended.
     allotment: Mutex<Option<Allotment>>,
     host: Option<HostView>,
+    has_host_share: bool,
     refused: Option<String>,
     tasks: Mutex<Tasks<Publisher>>,
     /// The bundle's spec as it was read at the start, for the container that the pod was started for.
@@ -102,6 +105,7 @@ impl Pod {
             share: Mutex::new(provision.share),
             allotment: Mutex::new(provision.allotment),
             host: provision.host,
+            has_host_share: provision.has_host_share,
             refused: provision.refused,
             tasks: Mutex::new(Tasks::new(events)),
             spec: Mutex::new(provision.spec),

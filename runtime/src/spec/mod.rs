@@ -145,6 +145,13 @@ impl BundleSpec {
         })
     }
 
+    /// Whether a pod that begins with this container has bind mounts: its own, or those of the containers that Kubernetes puts
+    /// beside it.
+    pub fn wants_host_share(&self) -> bool {
+        let kind = self.annotations.get("io.kubernetes.cri.container-type");
+        !self.binds.is_empty() || kind.is_some_and(|kind| kind == "sandbox")
+    }
+
     /// Checks what only the pod's first container must not have: there is nobody yet whose namespace it could join.
     ///
     /// # Errors

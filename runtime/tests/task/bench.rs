@@ -11,6 +11,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use caisson_protos::guest::HOST_SHARE_DIRECTORY;
 use caisson_runtime::{
     dial::Dialer,
     events::{Destination, Publisher},
@@ -127,7 +128,8 @@ impl Bench {
         });
         let publisher = Publisher::start(Destination::Ttrpc(events), "ns", log.clone());
         let timeline = Arc::new(Timeline::new(now_ns()));
-        let provision = Provision { share: Some(share), host: Some(host), ..Provision::default() };
+        let provision =
+            Provision { share: Some(share), host: Some(host), has_host_share: true, ..Provision::default() };
         let pod = Pod::new(handle, provision, publisher.clone(), timeline, log);
         let socket = format!("unix://{}", directory.path().join("task.sock").display());
         let mut server = Server::new().bind(&socket).unwrap().register_service(service::services(&pod));
@@ -211,10 +213,11 @@ impl Bench {
         self.paths.view().join(place)
     }
 
-    /// What a pod's directories hold: names below shared/.
+    /// The containers that have a place in the shared directory.
     pub fn shared(&self) -> Vec<String> {
         let entries = fs::read_dir(self.paths.shared()).into_iter().flatten().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name != HOST_SHARE_DIRECTORY).collect()
     }
 
     pub fn pod_directory_exists(&self) -> bool {

@@ -140,8 +140,12 @@ pub struct Dirent {
 
 /// Starts the program on arbitrary descriptors.
 pub fn start(socket: Option<&OwnedFd>, root: Option<&OwnedFd>, arguments: &[&str]) -> Child {
-    let pass: Vec<(i32, i32)> =
-        [(socket, 3), (root, 4)].into_iter().filter_map(|(fd, to)| Some((fd?.as_raw_fd(), to))).collect();
+    start_with([(socket, 3), (root, 4), (None, 5)], arguments)
+}
+
+/// Starts the program with each descriptor, if there is one, at its number.
+pub fn start_with(descriptors: [(Option<&OwnedFd>, i32); 3], arguments: &[&str]) -> Child {
+    let pass: Vec<(i32, i32)> = descriptors.into_iter().filter_map(|(fd, to)| Some((fd?.as_raw_fd(), to))).collect();
     let mut command = Command::new(env!("CARGO_BIN_EXE_caisson-fsd"));
     command.args(arguments).stdin(Stdio::null()).stderr(Stdio::piped());
     // SAFETY: only system calls that are async-signal-safe.
@@ -185,6 +189,20 @@ impl Client {
         let arguments = [&["--socket-fd", "3", "--root-fd", "4"], more].concat();
         let child = start(Some(&theirs), Some(&root), &arguments);
         Self { socket: ours, child, unique: 0, uid: 0, gid: 0 }
+    }
+
+    /// One program that serves the stage by two sockets: the second is that of a guest which shares it with the host. Both are
+    /// ready; the second client's program is `true`.
+    pub fn pair(stage: &Stage) -> (Self, Self) {
+        let sockets = || socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let ((ours, theirs), (ours_too, theirs_too)) = (sockets(), sockets());
+        let root =
+            openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let arguments = ["--socket-fd", "3", "--root-fd", "4", "--host-socket-fd", "5"];
+        let descriptors = [(Some(&theirs), 3), (Some(&root), 4), (Some(&theirs_too), 5)];
+        let child = start_with(descriptors, &arguments);
+        let other = Command::new("true").stderr(Stdio::piped()).spawn().unwrap();
+        (Self::adopt(ours, child), Self::adopt(ours_too, other))
     }
 
     /// A program that somebody else started.
