@@ -9,3 +9,4 @@ mod lifecycle;
 mod many;
 mod spec;
 mod streams;
+mod verbs;
