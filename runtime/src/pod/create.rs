@@ -9,7 +9,7 @@ use containerd_shim_protos::{
     events::task::{TaskCreate, TaskIO},
 };
 use protobuf::MessageField;
-use slog::warn;
+use slog::{info, warn};
 
 use super::{Pod, limited, lock};
 use crate::{
@@ -66,6 +66,9 @@ impl Pod {
     ) -> Result<u32, TaskError> {
         // The host's part is done while the machine boots.
         let spec = self.take_spec(&request.id, &request.bundle)?;
+        if let Some(note) = &spec.devices.note {
+            info!(self.log, "{}", note; "container" => &request.id);
+        }
         let sources = self.open_binds(&spec).await?;
         let streams = self.open_streams(name, stdio).await?;
         let rootfs = self.mount_rootfs(request, &spec.rootfs).await?;

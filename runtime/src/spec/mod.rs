@@ -21,6 +21,7 @@ use serde_json::Value;
 
 use crate::resources::{Asked, ResourceError, guest::translate, size::MachineSize};
 use binds::Bind;
+use devices::Devices;
 use hooks::Hooks;
 use namespaces::Join;
 
@@ -86,6 +87,8 @@ pub struct BundleSpec {
     pub joins: Vec<Join>,
     /// Programs to run on the host.
     pub hooks: Hooks,
+    /// Devices.
+    pub devices: Devices,
 }
 
 impl BundleSpec {
@@ -123,7 +126,7 @@ impl BundleSpec {
             return Err(Complaint::new("process.cwd", "must be an absolute path"));
         }
         let joins = namespaces::check(spec)?;
-        devices::check(spec)?;
+        let devices = devices::check(spec)?;
         let binds = binds::check(spec, bundle)?;
         let hooks = hooks::check(spec)?;
         let root = spec.root().as_ref().ok_or_else(|| Complaint::new("root", "is missing"))?;
@@ -142,6 +145,7 @@ impl BundleSpec {
             binds,
             joins,
             hooks,
+            devices,
         })
     }
 
@@ -181,20 +185,23 @@ impl BundleSpec {
     /// # Errors
     /// [`SpecError::Malformed`] never for a file that was read.
     pub fn for_guest(&self, size: MachineSize) -> Result<Vec<u8>, SpecError> {
-        if self.asked.cpus.is_none() && self.asked.mems.is_none() && self.asked.io.is_empty() {
+        let asked = &self.asked;
+        let has_numbers = asked.cpus.is_some() || asked.mems.is_some() || !asked.io.is_empty();
+        if !has_numbers && self.devices.is_complete() {
             return Ok(self.json.clone());
         }
         let malformed =
             |error: serde_json::Error| SpecError::Malformed { path: self.path.clone(), message: error.to_string() };
         let mut spec: Value = serde_json::from_slice(&self.json).map_err(malformed)?;
-        let resources =
-            spec.get_mut("linux").and_then(|linux| linux.get_mut("resources")).and_then(Value::as_object_mut);
-        if let Some(resources) = resources
-            && translate(resources, &self.asked, size)
-        {
-            return serde_json::to_vec(&spec).map_err(malformed);
+        let mut changed = false;
+        if let Some(linux) = spec.get_mut("linux") {
+            if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+                changed |= translate(resources, asked, size);
+            }
+            changed |= !self.devices.is_complete();
+            self.devices.leave_out(linux);
         }
-        Ok(self.json.clone())
+        if changed { serde_json::to_vec(&spec).map_err(malformed) } else { Ok(self.json.clone()) }
     }
 }
 
