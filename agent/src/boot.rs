@@ -80,7 +80,8 @@ fn standard_descriptors() -> io::Result<()> {
 fn own_root() -> io::Result<()> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     let root = open_tree(CWD, "/", flags)?;
-    sys::mount_setattr(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, MountPropagationFlags::empty(), false)?;
+    let (read_only, nothing) = (MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty());
+    sys::mount_setattr(root.as_fd(), read_only, nothing, MountPropagationFlags::empty(), false)?;
     move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     rustix::process::fchdir(&root)?;
     Ok(rustix::process::chroot(".")?)

@@ -2,7 +2,10 @@
 //!
 //! ```text
 //! agent                                stage (the socket is its descriptor 0)
-//!   │ ── plan + descriptors ──────────►  │  prepares
+//!   │ ── plan + descriptors ──────────►  │
+//!   │ ◄─ Born(pid) ────────────────────  │  with namespaces that hold from birth on only: its child is the container's
+//!   │ ── seen ────────────────────────►  │  process and goes on, and it ends
+//!   │                                    │  prepares
 //!   │ ◄─ Ready (+ terminal) ───────────  │  waits          or ◄─ Failed, and the stage ends
 //!   │ ── go ──────────────────────────►  │  execs
 //!   │ ◄─ end of stream ────────────────  │  the socket closed on exec: the program runs
@@ -30,13 +33,17 @@ use crate::plan::{Failure, Plan};
 
 /// The largest frame, bytes: a specification of 1 MiB and what its plan adds.
 pub const MAX_FRAME: usize = 4 * 1024 * 1024;
-/// The most descriptors beside one frame: a pidfd and three standard ones.
-const MAX_FDS: usize = 4;
+/// The most descriptors beside one frame: one for each kind of namespace and three standard ones.
+const MAX_FDS: usize = 11;
 const GO: u8 = 1;
+const SEEN: u8 = 2;
 
 /// What a stage says.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
+    /// The process with this number in the agent's pid namespace takes over. It is this stage's child until the agent has
+    /// said that it knows.
+    Born(i32),
     /// Prepared; the next is exec. A terminal's master side comes beside it.
     Ready,
     /// It ends now.
@@ -110,8 +117,8 @@ impl AgentEnd {
         Ok(Self(UnixStream::from_std(socket)?))
     }
 
-    /// Sends the plan with its descriptors: for an exec first the container's pidfd; then, without a terminal,
-    /// stdin, stdout and stderr.
+    /// Sends the plan with its descriptors: for an exec first the container's pidfd, for an init process the namespaces
+    /// that it joins; then, without a terminal, stdin, stdout and stderr.
     ///
     /// # Errors
     /// If the stage has ended, or the plan is larger than [`MAX_FRAME`].
@@ -128,6 +135,14 @@ impl AgentEnd {
     /// If the stage has ended.
     pub async fn send_go(&mut self) -> io::Result<()> {
         self.0.write_all(&[GO]).await
+    }
+
+    /// Answers [`Reply::Born`].
+    ///
+    /// # Errors
+    /// If the stage has ended.
+    pub async fn send_seen(&mut self) -> io::Result<()> {
+        self.0.write_all(&[SEEN]).await
     }
 
     /// The stage's next reply, or None at the end of the stream.
@@ -169,8 +184,21 @@ impl StageEnd {
     /// # Errors
     /// If the agent has gone.
     pub fn receive_go(&mut self) -> io::Result<()> {
+        self.receive_byte(GO)
+    }
+
+    /// Waits until the agent knows what [`Reply::Born`] told it.
+    ///
+    /// # Errors
+    /// If the agent has gone.
+    pub fn receive_seen(&mut self) -> io::Result<()> {
+        self.receive_byte(SEEN)
+    }
+
+    fn receive_byte(&mut self, expected: u8) -> io::Result<()> {
         let mut byte = [0];
-        self.0.read_exact(&mut byte)
+        self.0.read_exact(&mut byte)?;
+        if byte == [expected] { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
     }
 
     /// Sends a reply, with the master side of a terminal beside it if there is one.

@@ -33,8 +33,10 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> LaunchErr
 pub enum PidNamespace<'a> {
     /// As process 1 of a new one.
     New,
-    /// In that of the process behind this pidfd.
+    /// In that of the process behind this pidfd, or behind this descriptor of the namespace itself.
     Of(&'a OwnedFd),
+    /// In the agent's; it is not yet the container's process.
+    Own,
 }
 
 /// Starts stages.
@@ -66,6 +68,7 @@ impl Launcher {
             PidNamespace::Of(pidfd) => {
                 setns(pidfd, CloneFlags::CLONE_NEWPID).map_err(failed("enter the container's pid namespace"))?;
             }
+            PidNamespace::Own => {}
         }
         let spawned = Command::new(&self.binary)
             .arg(stage::ARGUMENT)

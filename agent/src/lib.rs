@@ -18,6 +18,7 @@
 //! | [`spec`], [`plan`] | the OCI specification, checked and made into a plan (pure) |
 //! | [`launch`], [`handshake`], [`stage`] | from a plan to a running program |
 //! | [`seccomp`] | system call filters, compiled for the kernel (pure) |
+//! | [`idmap`], [`rlimits`] | the ids of user namespaces (pure); resource limits |
 //! | [`cgroup`] | cgroup v2 |
 //!
 //! Everything runs on one thread: state changes between two awaits are atomic, and nothing may block it. What can
@@ -27,11 +28,13 @@ pub mod boot;
 pub mod cgroup;
 pub mod containers;
 pub mod handshake;
+pub mod idmap;
 pub mod launch;
 pub mod lifecycle;
 pub mod plan;
 pub mod power;
 pub mod reaper;
+pub mod rlimits;
 pub mod seccomp;
 pub mod service;
 pub mod spec;

@@ -4,12 +4,12 @@
 //! stage ([`crate::stage`]), a fresh process inside the new namespaces, carries them out without deciding anything.
 //! A plan crosses from one process to the other as postcard over an inherited socket ([`crate::handshake`]).
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use oci_spec::runtime::PosixRlimitType;
 use serde::{Deserialize, Serialize};
 
-use crate::seccomp::Filter;
+use crate::{idmap::IdMaps, seccomp::Filter};
 
 /// The work of one stage.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +18,24 @@ pub enum Plan {
     Init(Box<InitPlan>),
     /// Become one more process of a running container.
     Exec(Box<ExecPlan>),
+}
+
+impl Plan {
+    /// The process that the stage becomes.
+    pub fn process(&self) -> &ProcessPlan {
+        match self {
+            Self::Init(plan) => &plan.process,
+            Self::Exec(plan) => &plan.process,
+        }
+    }
+
+    /// Its container's namespaces.
+    pub fn namespaces(&self) -> &NamespacePlan {
+        match self {
+            Self::Init(plan) => &plan.namespaces,
+            Self::Exec(plan) => &plan.namespaces,
+        }
+    }
 }
 
 /// A new container.
@@ -29,10 +47,108 @@ pub struct InitPlan {
     pub rootfs: PathBuf,
     /// The container's cgroup directory, which exists.
     pub cgroup: PathBuf,
+    /// Which namespaces are its own.
+    pub namespaces: NamespacePlan,
     /// What the container looks like inside.
     pub view: View,
     /// Its first process.
     pub process: ProcessPlan,
+    /// Programs of its root file system to run on the way.
+    pub hooks: HookPlans,
+}
+
+/// The kinds of namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NamespaceKind {
+    /// Process numbers.
+    Pid,
+    /// Network devices and addresses; always the pod's.
+    Network,
+    /// System V and POSIX message queues, semaphores, shared memory.
+    Ipc,
+    /// Host and domain name.
+    Uts,
+    /// Mounts.
+    Mount,
+    /// The view of the cgroup tree.
+    Cgroup,
+    /// Users and groups.
+    User,
+    /// The offsets of two clocks.
+    Time,
+}
+
+/// Which namespaces a container makes, which it joins, and what the new ones need.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamespacePlan {
+    /// To be made. The network is the pod's and never here.
+    pub new: Vec<NamespaceKind>,
+    /// To be joined; a descriptor for each comes with the plan, in this order.
+    pub joined: Vec<NamespaceKind>,
+    /// What the ids of a user namespace, new or joined, are outside.
+    pub ids: IdMaps,
+    /// The clocks of a new time namespace: name, seconds, nanoseconds.
+    pub time_offsets: Vec<(String, i64, u32)>,
+}
+
+impl NamespacePlan {
+    /// Whether the container makes a namespace of this kind.
+    pub fn makes(&self, kind: NamespaceKind) -> bool {
+        self.new.contains(&kind)
+    }
+
+    /// Whether the container joins one of this kind.
+    pub fn joins(&self, kind: NamespaceKind) -> bool {
+        self.joined.contains(&kind)
+    }
+
+    /// Whether the container's users are not the guest's.
+    pub fn has_users(&self) -> bool {
+        self.makes(NamespaceKind::User) || self.joins(NamespaceKind::User)
+    }
+
+    /// Whether the stage that was started is not yet the container's process: a user namespace must own the pid namespace,
+    /// and a time namespace holds from the next birth on.
+    pub fn needs_rebirth(&self) -> bool {
+        self.has_users() || self.makes(NamespaceKind::Time)
+    }
+}
+
+/// Programs to run while a container comes to life, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookPlans {
+    /// After the mounts.
+    pub create_container: Vec<HookPlan>,
+    /// Right before the container's own program.
+    pub start_container: Vec<HookPlan>,
+    /// What they are told of the container.
+    pub about: HookState,
+}
+
+/// One program to run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookPlan {
+    /// The field that asks for it, for messages.
+    pub field: String,
+    /// The program, absolute, in the container's root file system.
+    pub path: PathBuf,
+    /// Its arguments with its own name first; if empty, the path stands for it.
+    pub args: Vec<String>,
+    /// Its environment; None is the container's.
+    pub env: Option<Vec<String>>,
+    /// Seconds after which it has failed.
+    pub timeout: Option<u32>,
+}
+
+/// What does not change in the state that hooks read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookState {
+    /// As the specification has it.
+    pub oci_version: String,
+    /// The container's name.
+    pub id: String,
+    /// As the specification has them.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// What a container's processes see: file systems, names, kernel settings.
@@ -54,27 +170,72 @@ pub struct View {
     pub readonly_paths: Vec<PathBuf>,
     /// Make the root itself read-only at the end.
     pub readonly_root: bool,
+    /// How mounts spread from and to the root, as [`MountPlan::propagation`].
+    pub root_propagation: Option<u32>,
+    /// /dev is a bind mount: it is used as it is.
+    pub foreign_dev: bool,
 }
 
-/// One file system to mount.
+/// One mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountPlan {
     /// Its place in the specification's list, for messages.
     pub index: usize,
     /// Where, absolute, inside the container's root.
     pub destination: PathBuf,
-    /// The kernel's name of the file system.
-    pub fs_type: String,
-    /// The source as it shall appear in /proc/mounts.
-    pub source: String,
-    /// Options of the file system itself: a flag, or a key with a value.
-    pub options: Vec<(String, Option<String>)>,
-    /// MOUNT_ATTR_* of the mount, without MOUNT_ATTR_RDONLY.
-    pub attributes: u32,
-    /// Read-only, applied when everything below it is in place.
+    /// What.
+    pub source: MountSource,
+    /// Changes to the mount itself.
+    pub attributes: Attributes,
+    /// Changes to the mount and all below it.
+    pub recursive: Attributes,
+    /// Of a new file system: read-only, applied when everything below it is in place.
     pub read_only: bool,
-    /// MS_SHARED, MS_SLAVE, MS_PRIVATE or MS_UNBINDABLE, if the specification names one.
-    pub propagation: Option<u32>,
+    /// MS_SHARED, MS_SLAVE, MS_PRIVATE or MS_UNBINDABLE, perhaps with MS_REC, in the order of applying.
+    pub propagation: Vec<u32>,
+    /// Ids on the source and their counterparts in the mount.
+    pub ids: Option<MountIds>,
+    /// Fill a new tmpfs with what lies at its destination.
+    pub copy_up: bool,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountSource {
+    /// A file system of the kernel's.
+    FileSystem {
+        /// The kernel's name of it.
+        fs_type: String,
+        /// The source as it shall appear in /proc/mounts.
+        name: String,
+        /// Options of the file system itself: a flag, or a key with a value.
+        options: Vec<(String, Option<String>)>,
+    },
+    /// A file or directory of the pod's shared directory.
+    Bind {
+        /// Where, relative to the shared directory; no part of it may be a symbolic link.
+        path: PathBuf,
+        /// With what is mounted below it.
+        recursive: bool,
+    },
+}
+
+/// Changes to a mount: MOUNT_ATTR_* of linux/mount.h.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attributes {
+    /// To set.
+    pub set: u32,
+    /// To clear first.
+    pub clear: u32,
+}
+
+/// The ids of an id-mapped mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountIds {
+    /// What they are mapped to.
+    pub maps: IdMaps,
+    /// Also in everything below.
+    pub recursive: bool,
 }
 
 /// The kinds of device node.
@@ -112,6 +273,8 @@ pub struct DevicePlan {
 pub struct ExecPlan {
     /// The container's cgroup directory.
     pub cgroup: PathBuf,
+    /// Which of its namespaces are not the agent's.
+    pub namespaces: NamespacePlan,
     /// The process.
     pub process: ProcessPlan,
 }
@@ -139,6 +302,42 @@ pub struct ProcessPlan {
     pub terminal: Option<TerminalSize>,
     /// The filter of its system calls. The container's, also for an exec.
     pub seccomp: Option<Filter>,
+    /// How it is scheduled, if not as usual.
+    pub scheduler: Option<SchedulerPlan>,
+    /// IO class and priority, as ioprio_set(2) takes them.
+    pub io_priority: Option<u16>,
+    /// The execution domain, as personality(2) takes it.
+    pub personality: Option<u32>,
+    /// The processors of an exec, before and after it enters the container's cgroup.
+    pub affinity: AffinityPlan,
+}
+
+/// How the kernel schedules a process: `struct sched_attr` of linux/sched/types.h.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SchedulerPlan {
+    /// SCHED_*.
+    pub policy: u32,
+    /// SCHED_FLAG_*.
+    pub flags: u64,
+    /// For SCHED_OTHER and SCHED_BATCH, -20 to 19.
+    pub nice: i32,
+    /// For SCHED_FIFO and SCHED_RR.
+    pub priority: u32,
+    /// For SCHED_DEADLINE, nanoseconds.
+    pub runtime: u64,
+    /// For SCHED_DEADLINE, nanoseconds.
+    pub deadline: u64,
+    /// For SCHED_DEADLINE, nanoseconds.
+    pub period: u64,
+}
+
+/// Numbers of processors; empty leaves them as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AffinityPlan {
+    /// Before.
+    pub before: Vec<usize>,
+    /// After.
+    pub after: Vec<usize>,
 }
 
 /// Who a process runs as.

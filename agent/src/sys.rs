@@ -3,7 +3,10 @@
 
 use std::{io, os::fd::AsRawFd, os::fd::BorrowedFd};
 
+use nix::sched::CloneFlags;
 use rustix::mount::{MountAttrFlags, MountPropagationFlags};
+
+use crate::plan::SchedulerPlan;
 
 /// `struct mount_attr` of include/uapi/linux/mount.h, its first version.
 #[repr(C)]
@@ -14,6 +17,9 @@ struct MountAttr {
     userns_fd: u64,
 }
 
+/// MOUNT_ATTR_IDMAP of the same.
+const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
+
 /// Changes the mount whose root `mount` is, and with `recursive` everything mounted below it.
 ///
 /// # Errors
@@ -21,15 +27,30 @@ struct MountAttr {
 pub fn mount_setattr(
     mount: BorrowedFd<'_>,
     set: MountAttrFlags,
+    clear: MountAttrFlags,
     propagation: MountPropagationFlags,
     recursive: bool,
 ) -> io::Result<()> {
     let attributes = MountAttr {
         attr_set: u64::from(set.bits()),
-        attr_clr: 0,
+        attr_clr: u64::from(clear.bits()),
         propagation: u64::from(propagation.bits()),
         userns_fd: 0,
     };
+    set_attributes(mount, &attributes, recursive)
+}
+
+/// Lets a mount that is mounted nowhere show the ids of its files as the user namespace `users` has them.
+///
+/// # Errors
+/// What mount_setattr(2) says: EINVAL for a file system that cannot do this.
+pub fn map_ids(mount: BorrowedFd<'_>, users: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    let userns_fd = u64::try_from(users.as_raw_fd()).map_err(io::Error::other)?;
+    let attributes = MountAttr { attr_set: MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd };
+    set_attributes(mount, &attributes, recursive)
+}
+
+fn set_attributes(mount: BorrowedFd<'_>, attributes: &MountAttr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a NUL-terminated literal, and the kernel reads exactly size_of::<MountAttr>() bytes of
     // `attributes`.
@@ -39,7 +60,7 @@ pub fn mount_setattr(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attributes,
+            std::ptr::from_ref(attributes),
             size_of::<MountAttr>(),
         )
     };
@@ -67,6 +88,79 @@ pub fn new_session_keyring() -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
         result => result,
     }
+}
+
+/// Forks, with the child in new namespaces (CLONE_NEW*). Returns the child's pid to the parent and None to the child.
+///
+/// # Safety
+/// The process must have one thread only: another may hold a lock that nobody would ever release in the child.
+///
+/// # Errors
+/// What clone(2) says.
+pub unsafe fn fork_into(namespaces: CloneFlags) -> io::Result<Option<i32>> {
+    let flags = libc::c_long::from(namespaces.bits() | libc::SIGCHLD);
+    // SAFETY: without CLONE_VM and with no stack of its own the child goes on with a copy of everything, as after fork; no
+    // pointer is passed. The caller has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    checked(pid)?;
+    Ok(i32::try_from(pid).ok().filter(|pid| *pid > 0))
+}
+
+/// `struct sched_attr` of include/uapi/linux/sched/types.h, its first version.
+#[repr(C)]
+struct SchedulerAttributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// Changes how the kernel schedules process `pid`.
+///
+/// # Errors
+/// What sched_setattr(2) says.
+pub fn set_scheduler(pid: i32, plan: &SchedulerPlan) -> io::Result<()> {
+    let attributes = SchedulerAttributes {
+        size: size_of::<SchedulerAttributes>() as u32,
+        policy: plan.policy,
+        flags: plan.flags,
+        nice: plan.nice,
+        priority: plan.priority,
+        runtime: plan.runtime,
+        deadline: plan.deadline,
+        period: plan.period,
+    };
+    // SAFETY: the kernel reads `size` bytes of `attributes`, which is as long as that.
+    checked(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attributes, 0) })
+}
+
+/// Changes the IO class and priority of process `pid`.
+///
+/// # Errors
+/// What ioprio_set(2) says.
+pub fn set_io_priority(pid: i32, value: u16) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    // SAFETY: three numbers.
+    checked(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, libc::c_int::from(value)) })
+}
+
+/// Changes the execution domain of the calling process.
+///
+/// # Errors
+/// What personality(2) says.
+pub fn set_personality(domain: u32) -> io::Result<()> {
+    // SAFETY: one number.
+    checked(libc::c_long::from(unsafe { libc::personality(domain.into()) }))
+}
+
+/// Ends the calling process at once, without what the C library or Rust would do first.
+pub fn exit_at_once(code: u8) -> ! {
+    // SAFETY: it does not return, and nothing of this process is used afterwards.
+    unsafe { libc::_exit(code.into()) }
 }
 
 /// Marks every descriptor from 3 up close-on-exec.

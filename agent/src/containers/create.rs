@@ -1,20 +1,21 @@
 //! Create, and Start of any process.
 
 use std::{
+    collections::BTreeMap,
     os::fd::{AsFd, OwnedFd},
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use caisson_protos::agent::CreateRequest;
+use caisson_protos::agent::{CreateRequest, JoinedNamespace};
 use slog::{info, warn};
 use tokio::sync::RwLock;
 
 use super::{
     Container, Containers, Error, check_name,
     error::Result,
-    lock,
+    lock, outside,
     process::{Pending, Process},
     trying,
 };
@@ -22,8 +23,8 @@ use crate::{
     handshake::{AgentEnd, Reply},
     launch::PidNamespace,
     lifecycle::Lifecycle,
-    plan::{InitPlan, Plan},
-    spec::{self, Accepted, process::Inherited},
+    plan::{HookPlan, InitPlan, NamespaceKind, Plan},
+    spec::{self, Accepted, Answers, SpecError, namespaces::KINDS as NAMESPACE_KINDS, process::Inherited},
     stdio::{self, HostStreams},
     sys,
 };
@@ -34,6 +35,8 @@ const MAX_HOSTNAME: usize = 64;
 const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 /// How long entering the program may take, which reads it from the file server.
 const ENTER_LIMIT: Duration = Duration::from_secs(30);
+/// How long a hook may take that has no timeout of its own.
+const HOOK_LIMIT: Duration = Duration::from_secs(600);
 
 impl Containers {
     /// Prepares a container. Returns its init process's pid.
@@ -43,28 +46,35 @@ impl Containers {
     pub async fn create(&self, request: CreateRequest) -> Result<i32> {
         let id = request.container_id;
         check_name("container_id", &id)?;
-        let rootfs = relative(&request.rootfs)?;
+        let rootfs = relative("rootfs", &request.rootfs)?;
         let stdio = request.stdio.unwrap_or_default();
         let has_binds = !request.binds.is_empty();
-        let mut accepted = spec::container(&request.spec, stdio.terminal)?;
-        // The machine's own name says nothing to anyone.
-        accepted.view.hostname.get_or_insert_with(|| id.chars().take(MAX_HOSTNAME).collect());
+        let mut answers = Answers { id: id.clone(), terminal: stdio.terminal, ..Answers::default() };
+        for bind in &request.binds {
+            let place = usize::try_from(bind.mount).unwrap_or(usize::MAX);
+            if answers.binds.insert(place, relative("binds.path", &bind.path)?).is_some() {
+                let problem = format!("mount {place} has two sources");
+                return Err(SpecError::new("binds", problem).into());
+            }
+        }
+        let joined = self.joined(&request.joins, &mut answers)?;
+        let mut accepted = spec::container(&request.spec, &answers)?;
+        if accepted.namespaces.makes(NamespaceKind::Uts) {
+            // The machine's own name says nothing to anyone.
+            accepted.view.hostname.get_or_insert_with(|| id.chars().take(MAX_HOSTNAME).collect());
+        }
         self.note(&id, &accepted.notes);
 
-        let process = &accepted.process;
         let container = Arc::new(Container {
             id: id.clone(),
             init: Arc::new(Process::new(Lifecycle::init(), None)),
             execs: Mutex::default(),
             cgroup: Mutex::default(),
-            inherited: Inherited {
-                capabilities: process.capabilities,
-                rlimits: process.rlimits.clone(),
-                oom_score_adj: process.oom_score_adj,
-            },
-            seccomp: process.seccomp.clone(),
             paused: RwLock::default(),
             updating: tokio::sync::Mutex::default(),
+            seccomp: accepted.process.seccomp.clone(),
+            inherited: Inherited::from(&accepted.process),
+            namespaces: accepted.namespaces.clone(),
         });
         {
             let mut map = lock(&self.map);
@@ -76,7 +86,7 @@ impl Containers {
         let built = async {
             let share = self.share.get(has_binds)?;
             let streams = self.host_streams(&stdio).await?;
-            self.build(&container, accepted, share, rootfs, streams).await
+            self.build(&container, accepted, joined, (share, rootfs), streams).await
         };
         match built.await {
             Ok(pid) => {
@@ -97,28 +107,121 @@ impl Containers {
         &self,
         container: &Container,
         accepted: Accepted,
-        share: PathBuf,
-        rootfs: PathBuf,
+        joined: BTreeMap<usize, OwnedFd>,
+        (share, rootfs): (PathBuf, PathBuf),
         streams: HostStreams,
     ) -> Result<i32> {
         let cgroup = self.cgroups.create(&container.id, &accepted.resources)?;
         *lock(&container.cgroup) = Some(cgroup.clone());
         let init = &container.init;
-        let (pid, mut stage) = self.launch(init, PidNamespace::New)?;
-        let process = accepted.process;
-        let (terminal, user) = (process.terminal.is_some(), process.user.clone());
+        let Accepted { view, process, namespaces, hooks, .. } = accepted;
+        let place = |kind| NAMESPACE_KINDS.iter().position(|known| *known == kind);
+        let birthplace = match place(NamespaceKind::Pid).and_then(|place| joined.get(&place)) {
+            _ if namespaces.needs_rebirth() => PidNamespace::Own,
+            Some(namespace) => PidNamespace::Of(namespace),
+            None => PidNamespace::New,
+        };
+        let (_, mut stage) = self.launch(init, birthplace)?;
         let cgroup = cgroup.path().to_owned();
-        let plan = Plan::Init(Box::new(InitPlan { share, rootfs, cgroup, view: accepted.view, process }));
-        let handle = if terminal {
-            let master = prepare(&mut stage, &plan, Vec::new()).await?.ok_or(Error::StageEnded)?;
+        let start = patience(ENTER_LIMIT, &hooks.start_container);
+        let plan = Plan::Init(Box::new(InitPlan { share, rootfs, cgroup, namespaces, view, process, hooks }));
+        // In the order of the plan: of the kinds.
+        let joined = joined.into_values().collect();
+        self.bring_up(init, &mut stage, &plan, joined, streams).await?;
+        if init.prepared(stage, start) { Ok(init.pid().unwrap_or(0)) } else { Err(Error::StageEnded) }
+    }
+
+    /// Opens the namespaces that a request joins, by the place of their kind in the order of joining.
+    fn joined(&self, joins: &[JoinedNamespace], answers: &mut Answers) -> Result<BTreeMap<usize, OwnedFd>> {
+        let mut opened = BTreeMap::new();
+        for join in joins {
+            let kinds = NAMESPACE_KINDS.into_iter().enumerate();
+            let found = kinds.into_iter().find(|(_, kind)| spec::namespaces::name(*kind) == join.type_);
+            let Some((place, kind)) = found else {
+                return Err(SpecError::new("joins.type", format!("{:?} is no kind of namespace", join.type_)).into());
+            };
+            let other = self.container(&join.container_id)?;
+            if kind == NamespaceKind::User {
+                if !other.namespaces.has_users() {
+                    let problem = format!("{:?} has no user namespace of its own", join.container_id);
+                    return Err(SpecError::new("joins.container_id", problem).into());
+                }
+                answers.ids = other.namespaces.ids.clone();
+            }
+            let in_state = |error| Error::State { who: join.container_id.clone(), error };
+            // A child that has not been reaped keeps its number.
+            let pid = other.init.target().map_err(in_state)?;
+            let path = format!("/proc/{pid}/ns/{}", kernel_name(kind));
+            let file = std::fs::File::open(&path).map_err(|error| Error::Io { what: format!("open {path}"), error })?;
+            if opened.insert(place, file.into()).is_some() {
+                return Err(SpecError::new("joins.type", format!("{:?} is there twice", join.type_)).into());
+            }
+            answers.joins.push(kind);
+        }
+        Ok(opened)
+    }
+
+    /// Hands a stage its plan, with `fds` before its standard streams, and waits until it is ready.
+    pub(super) async fn bring_up(
+        &self,
+        process: &Arc<Process>,
+        stage: &mut AgentEnd,
+        plan: &Plan,
+        mut fds: Vec<OwnedFd>,
+        streams: HostStreams,
+    ) -> Result<()> {
+        let handle = if plan.process().terminal.is_some() {
+            let master = self.prepare(process, stage, plan, fds).await?.ok_or(Error::StageEnded)?;
             stdio::terminal(streams, master).map_err(trying("attach the terminal"))?
         } else {
-            let (fds, handle) = stdio::pipes(streams, &user).map_err(trying("make the standard streams"))?;
-            prepare(&mut stage, &plan, fds.into()).await?;
+            let user = outside::user(plan)?;
+            let (standard, handle) = stdio::pipes(streams, &user).map_err(trying("make the standard streams"))?;
+            fds.extend(standard);
+            self.prepare(process, stage, plan, fds).await?;
             handle
         };
-        init.set_stdio(handle);
-        if init.prepared(stage) { Ok(pid) } else { Err(Error::StageEnded) }
+        process.set_stdio(handle);
+        outside::set(process.target().map_err(|_| Error::StageEnded)?, plan)
+    }
+
+    /// Sends the plan and waits until the stage is ready. Returns the terminal's master side if there is one.
+    async fn prepare(
+        &self,
+        process: &Arc<Process>,
+        stage: &mut AgentEnd,
+        plan: &Plan,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<OwnedFd>> {
+        let limit = match plan {
+            Plan::Init(plan) => patience(PREPARE_LIMIT, &plan.hooks.create_container),
+            Plan::Exec(_) => PREPARE_LIMIT,
+        };
+        let work = async {
+            let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            stage.send_plan(plan, &borrowed).await.map_err(trying("send the plan to the stage"))?;
+            let mut answer = stage.receive().await.map_err(trying("hear from the stage"))?;
+            if let Some((Reply::Born(pid), _)) = answer {
+                self.reborn(process, pid);
+                stage.send_seen().await.map_err(trying("answer the stage"))?;
+                answer = stage.receive().await.map_err(trying("hear from the stage"))?;
+            }
+            Ok(answer)
+        };
+        match limited("preparing the process", limit, work).await? {
+            Some((Reply::Ready, terminal)) => Ok(terminal),
+            Some((Reply::Failed(failure), _)) => Err(failure.into()),
+            Some((Reply::Born(_), _)) | None => Err(Error::StageEnded),
+        }
+    }
+
+    /// The stage's child takes its place. It cannot have been reaped yet: it is a child of the stage, which waits.
+    fn reborn(&self, process: &Arc<Process>, pid: i32) {
+        let mut by_pid = lock(&self.by_pid);
+        if let Some(stage) = process.pid() {
+            by_pid.remove(&stage);
+        }
+        process.spawned(pid);
+        by_pid.insert(pid, process.clone());
     }
 
     /// Starts a stage for `process`. From here on the reaper tells its end.
@@ -143,11 +246,14 @@ impl Containers {
             container.init.running().map_err(|error| Error::State { who: id.to_owned(), error })?;
         }
         let _going = if exec.is_empty() { None } else { Some(container.going().await?) };
-        let mut stage = match process.start().map_err(in_state)? {
-            Pending::Init(stage) => stage,
-            Pending::Exec(plan, streams) => self.start_exec(&container, &process, *plan, streams).await?,
+        let (mut stage, limit) = match process.start().map_err(in_state)? {
+            Pending::Init(stage, limit) => (stage, limit),
+            Pending::Exec(plan, streams) => {
+                let prepared = self.prepare_exec(&container, &process, *plan, streams).await;
+                (prepared.inspect_err(|_| Self::abandon(&process))?, ENTER_LIMIT)
+            }
         };
-        if let Err(error) = enter(&mut stage).await {
+        if let Err(error) = enter(&mut stage, limit).await {
             // A stage that told why ends by itself, with a status that says so; one that is stuck must not stay.
             if !matches!(error, Error::Stage(_))
                 && let Ok(pid) = process.target()
@@ -161,31 +267,16 @@ impl Containers {
     }
 }
 
-/// Sends the plan and waits until the stage is ready. Returns the terminal's master side if there is one.
-pub(super) async fn prepare(stage: &mut AgentEnd, plan: &Plan, fds: Vec<OwnedFd>) -> Result<Option<OwnedFd>> {
-    let work = async {
-        let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        stage.send_plan(plan, &borrowed).await.map_err(trying("send the plan to the stage"))?;
-        stage.receive().await.map_err(trying("hear from the stage"))
-    };
-    let answer = limited("preparing the process", PREPARE_LIMIT, work).await?;
-    match answer {
-        Some((Reply::Ready, terminal)) => Ok(terminal),
-        Some((Reply::Failed(failure), _)) => Err(failure.into()),
-        None => Err(Error::StageEnded),
-    }
-}
-
-async fn enter(stage: &mut AgentEnd) -> Result<()> {
+async fn enter(stage: &mut AgentEnd, limit: Duration) -> Result<()> {
     let work = async {
         stage.send_go().await.map_err(trying("let the stage go on"))?;
         stage.receive().await.map_err(trying("hear from the stage"))
     };
-    match limited("entering the program", ENTER_LIMIT, work).await? {
+    match limited("entering the program", limit, work).await? {
         // The socket closed on exec. A process that was killed before that has ended, as Wait will tell.
         None => Ok(()),
         Some((Reply::Failed(failure), _)) => Err(failure.into()),
-        Some((Reply::Ready, _)) => Err(Error::StageEnded),
+        Some((Reply::Ready | Reply::Born(_), _)) => Err(Error::StageEnded),
     }
 }
 
@@ -194,10 +285,26 @@ async fn limited<T>(what: &'static str, limit: Duration, work: impl Future<Outpu
     tokio::time::timeout(limit, work).await.map_err(late)?
 }
 
-fn relative(path: &str) -> Result<PathBuf> {
+/// How long something may take on the way of which these hooks run.
+fn patience(limit: Duration, hooks: &[HookPlan]) -> Duration {
+    hooks.iter().fold(limit, |limit, hook| {
+        limit.saturating_add(hook.timeout.map_or(HOOK_LIMIT, |seconds| Duration::from_secs(seconds.into())))
+    })
+}
+
+/// The file's name in /proc/<pid>/ns.
+fn kernel_name(kind: NamespaceKind) -> &'static str {
+    match kind {
+        NamespaceKind::Network => "net",
+        NamespaceKind::Mount => "mnt",
+        other => spec::namespaces::name(other),
+    }
+}
+
+fn relative(field: &'static str, path: &str) -> Result<PathBuf> {
     let normal = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
     if path.is_empty() || path.contains('\0') || !Path::new(path).components().all(normal) {
-        return Err(Error::Rootfs(path.to_owned()));
+        return Err(Error::Path { field, path: path.to_owned() });
     }
     Ok(path.into())
 }

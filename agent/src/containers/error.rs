@@ -27,8 +27,13 @@ pub enum Error {
         name: String,
     },
     /// A path that cannot be one.
-    #[error("rootfs: {0:?} is not a relative path without \"..\"")]
-    Rootfs(String),
+    #[error("{field}: {path:?} is not a relative path without \"..\"")]
+    Path {
+        /// The request's field.
+        field: &'static str,
+        /// Its value.
+        path: String,
+    },
     /// A signal that does not exist.
     #[error("signal: {0} is not between 1 and 64")]
     Signal(u32),
@@ -112,7 +117,7 @@ impl Error {
     pub fn code(&self) -> Code {
         match self {
             Self::Name { .. }
-            | Self::Rootfs(_)
+            | Self::Path { .. }
             | Self::Signal(_)
             | Self::Cells { .. }
             | Self::StderrWithTerminal(_)

@@ -8,11 +8,9 @@ use slog::info;
 
 use super::{
     Container, Containers, Error, check_name,
-    create::prepare,
     error::Result,
     lock,
     process::{Pending, Process},
-    trying,
 };
 use crate::{
     handshake::AgentEnd,
@@ -21,7 +19,7 @@ use crate::{
     plan::{ExecPlan, Plan, ProcessPlan},
     reaper::now_ns,
     spec,
-    stdio::{self, HostStreams},
+    stdio::HostStreams,
     sys,
 };
 
@@ -58,26 +56,7 @@ impl Containers {
     }
 
     /// Makes the process of an exec, ready to enter its program.
-    pub(super) async fn start_exec(
-        &self,
-        container: &Container,
-        process: &Arc<Process>,
-        plan: ProcessPlan,
-        streams: HostStreams,
-    ) -> Result<AgentEnd> {
-        let result = self.prepare_exec(container, process, plan, streams).await;
-        if result.is_err() {
-            // Whoever waits for it must not wait for ever: if there is a process its end is told by the reaper,
-            // otherwise here.
-            match process.target() {
-                Ok(pid) => drop(sys::kill(pid, libc::SIGKILL)),
-                Err(_) => process.exited(Exit { status: 126, at_ns: now_ns() }),
-            }
-        }
-        result
-    }
-
-    async fn prepare_exec(
+    pub(super) async fn prepare_exec(
         &self,
         container: &Container,
         process: &Arc<Process>,
@@ -92,18 +71,19 @@ impl Containers {
             .map_err(|error| Error::Io { what: format!("open process {init}"), error: error.into() })?;
         let cgroup = container.cgroup()?.path().to_owned();
         let (_, mut stage) = self.launch(process, PidNamespace::Of(&pidfd))?;
-        let (terminal, user) = (plan.terminal.is_some(), plan.user.clone());
-        let plan = Plan::Exec(Box::new(ExecPlan { cgroup, process: plan }));
-        let handle = if terminal {
-            let master = prepare(&mut stage, &plan, vec![pidfd]).await?.ok_or(Error::StageEnded)?;
-            stdio::terminal(streams, master).map_err(trying("attach the terminal"))?
-        } else {
-            let (fds, handle) = stdio::pipes(streams, &user).map_err(trying("make the standard streams"))?;
-            prepare(&mut stage, &plan, std::iter::once(pidfd).chain(fds).collect()).await?;
-            handle
-        };
-        process.set_stdio(handle);
+        let namespaces = container.namespaces.clone();
+        let plan = Plan::Exec(Box::new(ExecPlan { cgroup, namespaces, process: plan }));
+        self.bring_up(process, &mut stage, &plan, vec![pidfd], streams).await?;
         Ok(stage)
+    }
+
+    /// Whoever waits for a process that could not be made must not wait for ever: if there is a process its end is told by
+    /// the reaper, otherwise here.
+    pub(super) fn abandon(process: &Process) {
+        match process.target() {
+            Ok(pid) => drop(sys::kill(pid, libc::SIGKILL)),
+            Err(_) => process.exited(Exit { status: 126, at_ns: now_ns() }),
+        }
     }
 
     /// An exec that was never started has no process to end; it ends by being deleted.

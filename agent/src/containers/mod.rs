@@ -9,6 +9,7 @@ mod create;
 mod delete;
 mod error;
 mod exec;
+mod outside;
 mod process;
 mod share;
 
@@ -31,6 +32,7 @@ use crate::{
     cgroup::{Cgroup, Cgroups},
     launch::Launcher,
     lifecycle::{Exit, StateError},
+    plan::NamespacePlan,
     seccomp::Filter,
     spec::process::Inherited,
     stdio::HostStreams,
@@ -50,6 +52,7 @@ struct Container {
     paused: RwLock<bool>,
     /// Held by the one Update at a time.
     updating: tokio::sync::Mutex<()>,
+    namespaces: NamespacePlan,
 }
 
 impl Container {

@@ -1,6 +1,6 @@
 //! One process as the calls see it: its state, its streams, and everyone who waits for its end.
 
-use std::{io, sync::Mutex};
+use std::{io, sync::Mutex, time::Duration};
 
 use tokio::sync::watch;
 
@@ -14,8 +14,8 @@ use crate::{
 
 /// What Start of a process needs.
 pub(super) enum Pending {
-    /// An init stage waits behind this socket.
-    Init(AgentEnd),
+    /// An init stage waits behind this socket; entering the program may take this long.
+    Init(AgentEnd, Duration),
     /// Nothing exists yet.
     Exec(Box<ProcessPlan>, HostStreams),
 }
@@ -83,9 +83,9 @@ impl Process {
     }
 
     /// The init stage is ready. False if it has ended meanwhile.
-    pub(super) fn prepared(&self, stage: AgentEnd) -> bool {
+    pub(super) fn prepared(&self, stage: AgentEnd, limit: Duration) -> bool {
         let mut state = lock(&self.state);
-        state.pending = Some(Pending::Init(stage));
+        state.pending = Some(Pending::Init(stage, limit));
         state.life.prepared()
     }
 

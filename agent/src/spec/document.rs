@@ -1,17 +1,21 @@
 //! The specification's two outer objects. Everything inside them is oci-spec's.
 //!
-//! oci-spec's own `Spec` and `Process` check one field (execCPUAffinity, which is refused here) with a regular
+//! oci-spec's own `Spec` and `Process` check one field (execCPUAffinity) with a regular
 //! expression, and with them a whole engine for these would lie in each guest's memory: a fifth of the agent.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use oci_spec::runtime::{Box as Size, Hooks, Linux, LinuxCapabilities, Mount, PosixRlimit, Root, User};
 use serde::{Deserialize, de::IgnoredAny};
 
-/// config.json. What is neither here nor below has no meaning to a Linux runtime (annotations, ociVersion).
+use super::scheduling::{Affinity, IoPriority, Scheduler};
+
+/// config.json. What is neither here nor below has no meaning to a Linux runtime.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Document {
+    pub oci_version: Option<String>,
+    pub annotations: Option<BTreeMap<String, String>>,
     pub root: Option<Root>,
     pub mounts: Option<Vec<Mount>>,
     pub process: Option<Process>,
@@ -44,8 +48,8 @@ pub(super) struct Process {
     pub apparmor_profile: Option<String>,
     pub oom_score_adj: Option<i32>,
     pub selinux_label: Option<String>,
-    pub io_priority: Option<IgnoredAny>,
-    pub scheduler: Option<IgnoredAny>,
+    pub io_priority: Option<IoPriority>,
+    pub scheduler: Option<Scheduler>,
     #[serde(rename = "execCPUAffinity")]
-    pub exec_cpu_affinity: Option<IgnoredAny>,
+    pub exec_cpu_affinity: Option<Affinity>,
 }

@@ -4,25 +4,38 @@
 //! its name and value, or, where containerd's own defaults always contain it and a pod in its own machine loses
 //! nothing, accepted with a note for the log. Nothing is dropped in silence.
 //!
-//! - this file: the document as a whole, namespaces, paths;
+//! - this file: the document as a whole, names, paths;
 //! - [`process`]: the `process` object, which Exec sends alone;
-//! - [`mounts`]: mount options;
+//! - [`scheduling`]: when and where a process runs;
+//! - [`namespaces`]: namespaces, id mappings, clock offsets;
+//! - [`hooks`]: programs that run on the way;
+//! - [`mounts`]: mounts; `options`: the words about them;
 //! - [`devices`]: `linux.devices` and the nodes that every container has;
 //! - [`resources`]: `linux.resources` as cgroup v2 files and device rules;
 //! - `seccomp`: `linux.seccomp` as a filter.
 
 pub mod devices;
 mod document;
+pub mod hooks;
 pub mod mounts;
+pub mod namespaces;
+mod options;
 pub mod process;
 pub mod resources;
+pub mod scheduling;
 mod seccomp;
 
-use std::path::{Component, Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+};
 
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType};
+use oci_spec::runtime::{Linux, LinuxPersonalityDomain};
 
-use crate::plan::{ProcessPlan, View};
+use crate::{
+    idmap::IdMaps,
+    plan::{AffinityPlan, HookPlans, HookState, MountSource, NamespaceKind, NamespacePlan, ProcessPlan, View},
+};
 
 /// The largest specification, bytes (as agent.proto says).
 pub const MAX_SPEC: usize = 1024 * 1024;
@@ -54,44 +67,76 @@ pub struct Accepted {
     pub process: ProcessPlan,
     /// What the container may use.
     pub resources: resources::Resources,
+    /// Which namespaces are its own.
+    pub namespaces: NamespacePlan,
+    /// Programs of its root file system to run on the way.
+    pub hooks: HookPlans,
     /// What was accepted without effect, for the log.
     pub notes: Vec<String>,
 }
 
-/// Reads a whole specification (config.json). `terminal` is the caller's wish; it overrides `process.terminal`.
+/// What the request says beside the specification.
+#[derive(Clone, Debug, Default)]
+pub struct Answers {
+    /// The container's name.
+    pub id: String,
+    /// The caller's wish; it overrides `process.terminal`.
+    pub terminal: bool,
+    /// For bind mounts, by their place in `mounts`: the source below the shared directory.
+    pub binds: BTreeMap<usize, PathBuf>,
+    /// The namespaces of other containers that answer a `path`.
+    pub joins: Vec<NamespaceKind>,
+    /// What the users of a joined user namespace are.
+    pub ids: IdMaps,
+}
+
+/// Reads a whole specification (config.json).
 ///
 /// # Errors
 /// The first field that cannot be honoured.
-pub fn container(json: &[u8], terminal: bool) -> Result<Accepted> {
+pub fn container(json: &[u8], answers: &Answers) -> Result<Accepted> {
     let spec: document::Document = parse("spec", json)?;
     let mut notes = Vec::new();
     let linux = spec.linux.as_ref().ok_or_else(|| SpecError::new("linux", "missing"))?;
 
-    refuse("hooks", spec.hooks.as_ref().filter(|hooks| **hooks != Default::default()))?;
     refuse("solaris", spec.solaris)?;
     refuse("windows", spec.windows)?;
     refuse("vm", spec.vm)?;
     refuse("zos", spec.zos)?;
     check_linux(linux, &mut notes)?;
-    check_namespaces(linux.namespaces().as_deref().unwrap_or_default(), &mut notes)?;
+    let namespaces = namespaces::plan(linux, &answers.joins, &answers.ids, &mut notes)?;
+    let about = HookState {
+        oci_version: spec.oci_version.unwrap_or_default(),
+        id: answers.id.clone(),
+        annotations: spec.annotations.unwrap_or_default(),
+    };
+    let hooks = hooks::plan(spec.hooks.as_ref(), about)?;
 
     let process = spec.process.as_ref().ok_or_else(|| SpecError::new("process", "missing"))?;
-    let mut process = process::plan("process", process, terminal, &process::Inherited::default(), &mut notes)?;
+    let inherited = process::Inherited { personality: personality(linux)?, ..Default::default() };
+    let mut process = process::plan("process", process, answers.terminal, &inherited, &mut notes)?;
     process.seccomp = linux.seccomp().as_ref().map(|profile| seccomp::plan(profile, &mut notes)).transpose()?;
-    let mounts = mounts::plan(spec.mounts.as_deref().unwrap_or_default())?;
+    // It is for an exec alone, as its name says.
+    process.affinity = AffinityPlan::default();
+    let mounts = mounts::plan(spec.mounts.as_deref().unwrap_or_default(), &answers.binds, &namespaces, &mut notes)?;
     let devices = devices::plan(linux.devices().as_deref().unwrap_or_default())?;
     let resources = resources::plan(linux.resources().as_ref(), &resources::Present::default(), &mut notes)?;
     let view = View {
-        hostname: name("hostname", &spec.hostname)?,
-        domainname: name("domainname", &spec.domainname)?,
+        hostname: name("hostname", &spec.hostname, &namespaces)?,
+        domainname: name("domainname", &spec.domainname, &namespaces)?,
         sysctl: sysctl(linux)?,
+        foreign_dev: mounts.iter().any(|mount| {
+            matches!(mount.source, MountSource::Bind { .. })
+                && mount.destination.components().eq(Path::new("/dev").components())
+        }),
         mounts,
         devices,
         masked_paths: paths("linux.maskedPaths", linux.masked_paths().as_deref())?,
         readonly_paths: paths("linux.readonlyPaths", linux.readonly_paths().as_deref())?,
         readonly_root: spec.root.as_ref().and_then(|root| root.readonly()).unwrap_or(false),
+        root_propagation: root_propagation(linux)?,
     };
-    Ok(Accepted { view, process, resources, notes })
+    Ok(Accepted { view, process, namespaces, hooks, resources, notes })
 }
 
 /// Parses one JSON document of at most [`MAX_SPEC`] bytes.
@@ -111,75 +156,45 @@ pub(crate) fn refuse<T>(field: &str, value: Option<T>) -> Result<()> {
 }
 
 fn check_linux(linux: &Linux, notes: &mut Vec<String>) -> Result<()> {
-    fn some<T>(list: &Option<Vec<T>>) -> Option<&Vec<T>> {
-        list.as_ref().filter(|list| !list.is_empty())
-    }
-    refuse("linux.uidMappings", some(linux.uid_mappings()))?;
-    refuse("linux.gidMappings", some(linux.gid_mappings()))?;
     refuse("linux.netDevices", linux.net_devices().as_ref().filter(|map| !map.is_empty()))?;
-    refuse("linux.timeOffsets", linux.time_offsets().as_ref().filter(|map| !map.is_empty()))?;
     refuse("linux.intelRdt", linux.intel_rdt().as_ref())?;
     refuse("linux.memoryPolicy", linux.memory_policy().as_ref())?;
-    refuse("linux.personality", linux.personality().as_ref())?;
-    match linux.rootfs_propagation().as_deref() {
-        // The guest's own mounts change no more once a container runs, so receiving changes is the same as not.
-        None | Some("" | "private" | "rprivate" | "slave" | "rslave") => {}
-        Some(other) => {
-            return Err(SpecError::new(
-                "linux.rootfsPropagation",
-                format!("{other:?} is not supported, use \"rprivate\""),
-            ));
-        }
-    }
     if linux.mount_label().as_ref().is_some_and(|label| !label.is_empty()) {
         notes.push("linux.mountLabel has no effect: the guest runs without SELinux".into());
     }
     Ok(())
 }
 
-fn check_namespaces(namespaces: &[LinuxNamespace], notes: &mut Vec<String>) -> Result<()> {
-    use LinuxNamespaceType as Type;
-    let field = "linux.namespaces";
-    for namespace in namespaces {
-        let name = match namespace.typ() {
-            Type::User => return Err(SpecError::new(field, "\"user\" is not supported yet; remove it")),
-            Type::Time => return Err(SpecError::new(field, "\"time\" is not supported yet; remove it")),
-            Type::Mount => "mount",
-            Type::Cgroup => "cgroup",
-            Type::Uts => "uts",
-            Type::Ipc => "ipc",
-            Type::Pid => "pid",
-            Type::Network => "network",
-        };
-        if let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) {
-            let problem =
-                format!("{name:?} with path {path:?}: joining a namespace is not supported yet; remove the path");
-            return Err(SpecError::new(field, problem));
-        }
-    }
-    let has = |typ: Type| namespaces.iter().any(|namespace| namespace.typ() == typ);
-    for (typ, name) in [(Type::Mount, "mount"), (Type::Pid, "pid"), (Type::Ipc, "ipc"), (Type::Uts, "uts")] {
-        if !has(typ) {
-            let problem =
-                format!("{name:?} is missing: a container cannot share the host's, which is outside its machine");
-            return Err(SpecError::new(field, problem));
-        }
-    }
-    if !has(Type::Network) {
-        let problem = "\"network\" is missing: a pod cannot share the host's network; use a network namespace";
-        return Err(SpecError::new(field, problem));
-    }
-    if !has(Type::Cgroup) {
-        notes.push("linux.namespaces has no \"cgroup\": the container gets its own all the same".into());
-    }
-    Ok(())
+/// The execution domain in the numbers of include/uapi/linux/personality.h.
+fn personality(linux: &Linux) -> Result<Option<u32>> {
+    let Some(personality) = linux.personality() else { return Ok(None) };
+    // The specification names no flag yet.
+    refuse("linux.personality.flags", personality.flags().as_ref().filter(|flags| !flags.is_empty()))?;
+    Ok(Some(match personality.domain() {
+        LinuxPersonalityDomain::PerLinux => 0,
+        LinuxPersonalityDomain::PerLinux32 => 8,
+    }))
 }
 
-fn name(field: &str, value: &Option<String>) -> Result<Option<String>> {
+fn root_propagation(linux: &Linux) -> Result<Option<u32>> {
+    match linux.rootfs_propagation().as_deref() {
+        // Whatever happens to the guest's own mounts later, nothing of it concerns a container.
+        None | Some("") => Ok(None),
+        Some(word) => mounts::propagation(word).map(Some).ok_or_else(|| {
+            let words = "private, slave, shared, unbindable, or one of these with an r before it";
+            SpecError::new("linux.rootfsPropagation", format!("{word:?} is not one of {words}"))
+        }),
+    }
+}
+
+fn name(field: &str, value: &Option<String>, namespaces: &NamespacePlan) -> Result<Option<String>> {
     // 64 is __NEW_UTS_LEN of include/uapi/linux/utsname.h.
     match value.as_deref() {
         None | Some("") => Ok(None),
         Some(name) if name.len() > 64 => Err(SpecError::new(field, format!("{name:?} is longer than 64 bytes"))),
+        Some(name) if namespaces.joins(NamespaceKind::Uts) => {
+            Err(SpecError::new(field, format!("{name:?} would rename the container whose uts namespace is joined")))
+        }
         Some(name) => Ok(Some(text(field, name)?)),
     }
 }

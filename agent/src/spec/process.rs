@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 
-use oci_spec::runtime::{Capability, LinuxCapabilities, PosixRlimitType};
+use oci_spec::runtime::{Capability, LinuxCapabilities, PosixRlimit, PosixRlimitType};
 use rustix::thread::CapabilitySet;
 
-use super::{Result, SpecError, absolute, document::Process, parse, refuse, text};
-use crate::plan::{CapabilityPlan, ProcessPlan, TerminalSize, UserPlan};
+use super::{Result, SpecError, absolute, document::Process, parse, refuse, scheduling, text};
+use crate::plan::{AffinityPlan, CapabilityPlan, ProcessPlan, SchedulerPlan, TerminalSize, UserPlan};
 
 /// What an exec takes from its container where its own `process` object says nothing, as runc does.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +17,28 @@ pub struct Inherited {
     pub rlimits: Vec<(PosixRlimitType, u64, u64)>,
     /// The init process's OOM adjustment.
     pub oom_score_adj: i32,
+    /// The init process's file mode creation mask, if it has one of its own.
+    pub umask: Option<u32>,
+    /// How the init process is scheduled.
+    pub scheduler: Option<SchedulerPlan>,
+    /// The init process's IO class and priority.
+    pub io_priority: Option<u16>,
+    /// The container's execution domain.
+    pub personality: Option<u32>,
+}
+
+impl From<&ProcessPlan> for Inherited {
+    fn from(init: &ProcessPlan) -> Self {
+        Self {
+            capabilities: init.capabilities,
+            rlimits: init.rlimits.clone(),
+            oom_score_adj: init.oom_score_adj,
+            umask: Some(init.user.umask),
+            scheduler: init.scheduler,
+            io_priority: init.io_priority,
+            personality: init.personality,
+        }
+    }
 }
 
 /// Reads the `process` object of an Exec. Beside the plan come the notes for the log.
@@ -39,9 +61,6 @@ pub(super) fn plan(
 ) -> Result<ProcessPlan> {
     let of = |name: &str| format!("{field}.{name}");
     refuse(&of("commandLine"), process.command_line.as_ref())?;
-    refuse(&of("ioPriority"), process.io_priority.as_ref())?;
-    refuse(&of("scheduler"), process.scheduler.as_ref())?;
-    refuse(&of("execCPUAffinity"), process.exec_cpu_affinity.as_ref())?;
     let set = |value: &Option<String>| value.as_ref().is_some_and(|value| !value.is_empty());
     if set(&process.apparmor_profile) {
         notes.push(format!("{} has no effect: the guest runs without AppArmor", of("apparmorProfile")));
@@ -63,16 +82,7 @@ pub(super) fn plan(
         return Err(SpecError::new(of("oomScoreAdj"), format!("{oom_score_adj} is not between -1000 and 1000")));
     }
     let rlimits = match &process.rlimits {
-        Some(limits) => limits
-            .iter()
-            .map(|limit| match limit.soft() <= limit.hard() {
-                true => Ok((limit.typ(), limit.soft(), limit.hard())),
-                false => {
-                    let problem = format!("{}: soft {} exceeds hard {}", limit.typ(), limit.soft(), limit.hard());
-                    Err(SpecError::new(of("rlimits"), problem))
-                }
-            })
-            .collect::<Result<_>>()?,
+        Some(limits) => rlimits(&of("rlimits"), limits)?,
         None => inherited.rlimits.clone(),
     };
     let size = process.console_size.unwrap_or_default();
@@ -81,7 +91,8 @@ pub(super) fn plan(
         height: cells(&of("consoleSize"), size.height())?,
     };
     let user = &process.user;
-    let umask = user.umask().unwrap_or(0o022);
+    // 022 is what a container's init process has that says nothing; an exec has its container's.
+    let umask = user.umask().or(inherited.umask).unwrap_or(0o022);
     if umask > 0o777 {
         return Err(SpecError::new(of("user.umask"), format!("{umask} is not between 0 and 511 (octal 777)")));
     }
@@ -106,7 +117,35 @@ pub(super) fn plan(
         oom_score_adj,
         terminal: terminal.then_some(size),
         seccomp: None,
+        scheduler: match &process.scheduler {
+            Some(asked) => Some(scheduling::scheduler(&of("scheduler"), asked)?),
+            None => inherited.scheduler,
+        },
+        io_priority: match &process.io_priority {
+            Some(asked) => Some(scheduling::io_priority(&of("ioPriority"), asked)?),
+            None => inherited.io_priority,
+        },
+        personality: inherited.personality,
+        affinity: match &process.exec_cpu_affinity {
+            Some(asked) => scheduling::affinity(&of("execCPUAffinity"), asked)?,
+            None => AffinityPlan::default(),
+        },
     })
+}
+
+fn rlimits(field: &str, limits: &[PosixRlimit]) -> Result<Vec<(PosixRlimitType, u64, u64)>> {
+    let mut plans: Vec<(PosixRlimitType, u64, u64)> = Vec::with_capacity(limits.len());
+    for limit in limits {
+        let (typ, soft, hard) = (limit.typ(), limit.soft(), limit.hard());
+        if plans.iter().any(|(earlier, ..)| *earlier == typ) {
+            return Err(SpecError::new(field, format!("{typ} is there twice")));
+        }
+        if soft > hard {
+            return Err(SpecError::new(field, format!("{typ}: soft {soft} exceeds hard {hard}")));
+        }
+        plans.push((typ, soft, hard));
+    }
+    Ok(plans)
 }
 
 fn strings(field: &str, list: &[String]) -> Result<Vec<String>> {

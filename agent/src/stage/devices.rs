@@ -1,13 +1,16 @@
 //! Device nodes and the links that programs expect in /dev.
 
-use std::{os::fd::AsFd, path::Path};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
 
 use rustix::{
     fs::{AtFlags, FileType, Gid, Mode, Uid, chownat, makedev, mknodat, statat, symlinkat, unlinkat},
     io::Errno,
 };
 
-use super::inroot::Root;
+use super::{inroot::Root, mounts::attach};
 use crate::plan::{DeviceKind, DevicePlan, Failure, FailureKind, Trying, View};
 
 /// Links of /dev, as the OCI specification names them.
@@ -19,9 +22,17 @@ const LINKS: [(&str, &str); 5] = [
     ("/dev/core", "/proc/kcore"),
 ];
 
-pub(super) fn make(root: &Root, view: &View) -> Result<(), Failure> {
-    for device in &view.devices {
-        node(root, device)?;
+/// `given` are the nodes, as mounts, that the container cannot make itself.
+pub(super) fn make(root: &Root, view: &View, given: Vec<Option<OwnedFd>>) -> Result<(), Failure> {
+    for (device, given) in view.devices.iter().zip(given) {
+        match given {
+            None => node(root, device)?,
+            Some(mount) => {
+                let what = || format!("make the device {}", device.path.display());
+                let place = root.make_file(&device.path).trying(what)?;
+                attach(mount.as_fd(), place.as_fd()).trying(what)?;
+            }
+        }
     }
     for (path, target) in LINKS {
         link(root, path, target, false).trying(|| format!("link {path} to {target}"))?;

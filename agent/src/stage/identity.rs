@@ -1,11 +1,10 @@
-//! Who the program runs as: limits, working directory, groups, user, capabilities, in the order that the kernel's
-//! rules allow.
+//! Who the program runs as: working directory, groups, user, capabilities, in the order that the kernel's rules allow.
+//! Limits too, unless a user namespace would keep a process from raising them: those, and scheduling, the agent sets.
 
-use oci_spec::runtime::PosixRlimitType as Type;
 use rustix::{
     fs::{Mode, OFlags},
     io::Errno,
-    process::{Gid, Resource, Rlimit, Uid, fchdir, setrlimit, umask},
+    process::{Gid, Uid, fchdir, umask},
     thread::{
         CapabilitySet, CapabilitySets, clear_ambient_capability_set, configure_capability_in_ambient_set,
         remove_capability_from_bounding_set, set_capabilities, set_keep_capabilities, set_no_new_privs, set_thread_gid,
@@ -14,16 +13,16 @@ use rustix::{
 };
 
 use super::{inroot::Root, seccomp};
-use crate::plan::{CapabilityPlan, Failure, FailureKind, ProcessPlan, Trying};
+use crate::{
+    plan::{CapabilityPlan, Failure, FailureKind, NamespacePlan, ProcessPlan, Trying},
+    rlimits,
+};
 
 /// Gives up everything that the plan does not grant. The stage has one thread, so the thread's identity is the
 /// process's.
-pub(super) fn assume(process: &ProcessPlan, root: &Root) -> Result<(), Failure> {
-    for (limit, soft, hard) in &process.rlimits {
-        let value = |n: u64| (n != u64::MAX).then_some(n);
-        let new = Rlimit { current: value(*soft), maximum: value(*hard) };
-        setrlimit(resource(*limit), new)
-            .map_err(|error| invalid(format!("process.rlimits: {limit} soft {soft} hard {hard}: {error}")))?;
+pub(super) fn assume(process: &ProcessPlan, namespaces: &NamespacePlan, root: &Root) -> Result<(), Failure> {
+    if !namespaces.has_users() {
+        rlimits::set(None, &process.rlimits).map_err(|error| invalid(error.to_string()))?;
     }
     let user = &process.user;
     umask(Mode::from_raw_mode(user.umask));
@@ -41,8 +40,11 @@ pub(super) fn assume(process: &ProcessPlan, root: &Root) -> Result<(), Failure> 
     set_keep_capabilities(true).trying(|| "keep capabilities".into())?;
     let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
     set_thread_groups(&groups).map_err(|error| invalid(format!("process.user.additionalGids: {error}")))?;
-    set_thread_gid(Gid::from_raw(user.gid)).trying(|| format!("become group {}", user.gid))?;
-    set_thread_uid(Uid::from_raw(user.uid)).trying(|| format!("become user {}", user.uid))?;
+    // EINVAL: a user namespace does not have it.
+    set_thread_gid(Gid::from_raw(user.gid))
+        .map_err(|error| invalid(format!("process.user.gid: become group {}: {error}", user.gid)))?;
+    set_thread_uid(Uid::from_raw(user.uid))
+        .map_err(|error| invalid(format!("process.user.uid: become user {}: {error}", user.uid)))?;
     set_keep_capabilities(false).trying(|| "keep no further capabilities".into())?;
     if entered == Err(Errno::ACCESS) {
         enter_working_directory(process, root)
@@ -50,6 +52,16 @@ pub(super) fn assume(process: &ProcessPlan, root: &Root) -> Result<(), Failure> 
     }
     apply_capabilities(&process.capabilities)?;
     if process.no_new_privileges {
+        set_no_new_privs(true).trying(|| "set no_new_privs".into())?;
+    }
+    Ok(())
+}
+
+/// Gives up what a container with these capabilities cannot have, but not the user.
+pub(super) fn confine(capabilities: &CapabilityPlan, no_new_privileges: bool) -> Result<(), Failure> {
+    drop_bounding_set(capabilities.bounding)?;
+    apply_capabilities(capabilities)?;
+    if no_new_privileges {
         set_no_new_privs(true).trying(|| "set no_new_privs".into())?;
     }
     Ok(())
@@ -111,25 +123,4 @@ fn apply_capabilities(plan: &CapabilityPlan) -> Result<(), Failure> {
         })?;
     }
     Ok(())
-}
-
-fn resource(typ: Type) -> Resource {
-    match typ {
-        Type::RlimitCpu => Resource::Cpu,
-        Type::RlimitFsize => Resource::Fsize,
-        Type::RlimitData => Resource::Data,
-        Type::RlimitStack => Resource::Stack,
-        Type::RlimitCore => Resource::Core,
-        Type::RlimitRss => Resource::Rss,
-        Type::RlimitNproc => Resource::Nproc,
-        Type::RlimitNofile => Resource::Nofile,
-        Type::RlimitMemlock => Resource::Memlock,
-        Type::RlimitAs => Resource::As,
-        Type::RlimitLocks => Resource::Locks,
-        Type::RlimitSigpending => Resource::Sigpending,
-        Type::RlimitMsgqueue => Resource::Msgqueue,
-        Type::RlimitNice => Resource::Nice,
-        Type::RlimitRtprio => Resource::Rtprio,
-        Type::RlimitRttime => Resource::Rttime,
-    }
 }

@@ -9,13 +9,16 @@
 //!  unreachable: not dumpable                        the same
 //!  receive the plan                                 the same
 //!  join the cgroup                                  the same
-//!  new mount, ipc, uts, cgroup namespaces           the container's namespaces, through its init's pidfd
+//!  take what the guest's side has  (gather.rs)
+//!  namespaces                      (birth.rs)       the container's, through its init's pidfd
 //!  root, mounts, devices           (rootfs.rs)
 //!  terminal or pipes               (stdio.rs)       the same
+//!  createContainer hooks           (hooks.rs)
 //!  read-only and masked paths      (rootfs.rs)
-//!  limits, groups, user, capabilities (identity.rs) the same
+//!  groups, user, capabilities      (identity.rs)    the same
 //!  system call filter (seccomp.rs): before capabilities go, or at the very end with no_new_privs
 //!  say Ready, wait for go                           the same
+//!  startContainer hooks            (hooks.rs)
 //!  enter the program               (program.rs)     the same
 //! ```
 //!
@@ -25,7 +28,11 @@
 //! on a read-only mount that is in no namespace of its own ([`crate::boot`]), and the kernel refuses to write to a
 //! file that PID 1 executes anyhow. All descriptors are close-on-exec.
 
+mod birth;
+mod copyup;
 mod devices;
+mod gather;
+mod hooks;
 mod identity;
 pub mod inroot;
 mod mounts;
@@ -40,10 +47,10 @@ use std::{
     path::Path,
 };
 
-use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
     fs::{CWD, Mode, OFlags, openat},
     process::{DumpableBehavior, set_dumpable_behavior, setsid},
+    thread::{CpuSet, sched_setaffinity},
 };
 
 use crate::{
@@ -54,12 +61,6 @@ use crate::{
 
 /// The argument that makes the agent's binary a stage.
 pub const ARGUMENT: &str = "stage";
-
-/// What a container has of its own, beside the pid namespace into which the stage is born.
-const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
-    .union(CloneFlags::CLONE_NEWIPC)
-    .union(CloneFlags::CLONE_NEWUTS)
-    .union(CloneFlags::CLONE_NEWCGROUP);
 
 /// How a stage ends when it cannot go on, as a shell would say: no such program.
 const EXIT_NOT_FOUND: u8 = 127;
@@ -72,6 +73,8 @@ pub fn main() -> u8 {
     let socket = unsafe { OwnedFd::from_raw_fd(0) };
     let prepared = set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .trying(|| "make the stage unreachable".into())
+        // Whatever the agent was started with, neither a hook nor the program sees it.
+        .and_then(|()| sys::close_all_on_exec().trying(|| "close the agent's descriptors".into()))
         // Descriptor 0 is needed for the program; the duplicate is close-on-exec and above 2.
         .and_then(|()| rustix::io::fcntl_dupfd_cloexec(&socket, 3).trying(|| "keep the socket to the agent".into()));
     // Dropping the original would let the next open take descriptor 0; it is replaced when the program's own is known.
@@ -90,24 +93,32 @@ pub fn main() -> u8 {
 }
 
 fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
-    let (plan, fds) = agent.receive_plan().trying(|| "receive the plan".into())?;
-    let mut fds = fds.into_iter();
+    let (plan, mut fds) = agent.receive_plan().trying(|| "receive the plan".into())?;
     let (process, root, terminal) = match &plan {
         Plan::Init(plan) => {
             begin(&plan.cgroup, &plan.process)?;
-            unshare(NAMESPACES).trying(|| "create the container's namespaces".into())?;
-            let unsealed = rootfs::prepare(plan)?;
-            let terminal = stdio::attach(&plan.process, &unsealed.root, true, fds.collect())?;
+            let gathered = gather::gather(plan)?;
+            let standard = fds.split_off(plan.namespaces.joined.len().min(fds.len()));
+            birth::enter_new(&plan.namespaces, fds, agent)?;
+            begin_session()?;
+            let unsealed = rootfs::prepare(plan, gathered)?;
+            let terminal = stdio::attach(&plan.process, &unsealed.root, true, standard)?;
+            hooks::create_container(&plan.hooks.create_container, &plan.hooks.about, &plan.process)?;
             (&plan.process, rootfs::seal(unsealed, &plan.view)?, terminal)
         }
         Plan::Exec(plan) => {
             begin(&plan.cgroup, &plan.process)?;
-            let init =
-                fds.next().ok_or_else(|| Failure::new(FailureKind::Internal, "the plan came without a pidfd"))?;
-            setns(init, NAMESPACES).trying(|| "join the container's namespaces".into())?;
+            if fds.is_empty() {
+                return Err(Failure::new(FailureKind::Internal, "the plan came without a pidfd"));
+            }
+            let standard = fds.split_off(1);
+            for init in &fds {
+                birth::enter_existing(&plan.namespaces, init)?;
+            }
+            begin_session()?;
             let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
             let root = inroot::Root::new(root.trying(|| "open the container's root".into())?);
-            let terminal = stdio::attach(&plan.process, &root, false, fds.collect())?;
+            let terminal = stdio::attach(&plan.process, &root, false, standard)?;
             (&plan.process, root, terminal)
         }
     };
@@ -115,20 +126,43 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
     // Before a profile that may not allow it is in force.
     sys::default_signals();
     sys::close_all_on_exec().trying(|| "close the agent's descriptors".into())?;
-    identity::assume(process, &root)?;
+    if let Some(domain) = process.personality {
+        sys::set_personality(domain).trying(|| format!("linux.personality: {domain:#x}"))?;
+    }
+    identity::assume(process, plan.namespaces(), &root)?;
     drop(root);
     agent.send(&Reply::Ready, terminal.as_ref().map(AsFd::as_fd)).trying(|| "tell the agent".into())?;
     drop(terminal);
     agent.receive_go().trying(|| "wait for the agent".into())?;
+    if let Plan::Init(plan) = &plan {
+        hooks::start_container(&plan.hooks.start_container, &plan.hooks.about, process)?;
+    }
     program::exec(process, &env)
 }
 
 /// What is done while the guest's own file systems are in sight.
 fn begin(cgroup: &Path, process: &ProcessPlan) -> Result<(), Failure> {
+    run_on(&process.affinity.before, "initial")?;
     // 0 means the process that writes.
     fs::write(cgroup.join("cgroup.procs"), "0").trying(|| format!("join the cgroup {}", cgroup.display()))?;
+    run_on(&process.affinity.after, "final")?;
     let score = process.oom_score_adj;
-    fs::write("/proc/self/oom_score_adj", score.to_string()).trying(|| format!("set oom_score_adj to {score}"))?;
+    fs::write("/proc/self/oom_score_adj", score.to_string()).trying(|| format!("set oom_score_adj to {score}"))
+}
+
+fn run_on(processors: &[usize], field: &str) -> Result<(), Failure> {
+    if processors.is_empty() {
+        return Ok(());
+    }
+    let mut set = CpuSet::new();
+    processors.iter().filter(|number| **number < CpuSet::MAX_CPU).for_each(|number| set.set(*number));
+    sched_setaffinity(None, &set).map_err(|error| {
+        let message = format!("process.execCPUAffinity.{field}: {processors:?}: {error}");
+        Failure::new(FailureKind::Invalid, message)
+    })
+}
+
+fn begin_session() -> Result<(), Failure> {
     setsid().trying(|| "begin a session".into())?;
     sys::new_session_keyring().trying(|| "begin a session keyring".into())
 }

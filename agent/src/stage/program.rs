@@ -18,12 +18,17 @@ use crate::plan::{Failure, FailureKind, ProcessPlan};
 const MAX_PASSWD: u64 = 1024 * 1024;
 
 /// The program's environment: of a name given twice the last value counts; HOME comes from the container's
-/// /etc/passwd if it is missing, as with runc.
+/// /etc/passwd if it is missing or empty, as with runc.
 pub(super) fn environment(process: &ProcessPlan, root: &Root) -> Vec<CString> {
     let mut env = without_repetition(&process.env);
-    if !env.iter().any(|entry| entry.starts_with("HOME=")) {
+    let given = env.iter().position(|entry| entry.starts_with("HOME="));
+    if given.is_none_or(|place| env.get(place).is_some_and(|entry| entry == "HOME=")) {
         let home = read_passwd(root).and_then(|text| home_of(&text, process.user.uid)).unwrap_or_else(|| "/".into());
-        env.push(format!("HOME={home}"));
+        let home = format!("HOME={home}");
+        match given.and_then(|place| env.get_mut(place)) {
+            Some(empty) => *empty = home,
+            None => env.push(home),
+        }
     }
     env.into_iter().filter_map(|entry| CString::new(entry).ok()).collect()
 }

@@ -1,111 +1,99 @@
 //! The container's file systems, from an empty mount namespace to the finished view.
 //!
 //! ```text
-//! prepare  all mounts private ─► bind the root file system ─► pivot_root, detach the guest's ─► mounts ─► devices
-//!              ─► names and kernel settings          (then the terminal, which may become /dev/console)
-//! seal     read-only mounts ─► read-only and masked paths ─► read-only root
+//! (gather  root file system, sources of bind mounts: before this process is in the container's namespaces)
+//! prepare  all mounts private ─► names and kernel settings ─► new file systems, mounted nowhere yet
+//!              ─► root file system on top, pivot_root, detach the guest's ─► mounts in place ─► devices
+//!              (then the terminal, which may become /dev/console, and hooks)
+//! seal     read-only mounts ─► read-only and masked paths ─► read-only root ─► propagation
 //! ```
 //!
 //! The guest's own tree is gone before the first path of the image is touched, so even a mistake in what follows could
-//! not reach it.
+//! not reach it. File systems are made before, because in a user namespace the kernel gives a new /proc only to whom an
+//! old one is in sight.
 
 use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::Path,
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, fstat, makedev, openat},
+    fs::{CWD, FileType, Mode, OFlags, fstat, openat},
     io::Errno,
-    mount::{MountAttrFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount_change, open_tree, unmount},
+    mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags, mount_change, unmount},
     process::{fchdir, pivot_root},
 };
 
 use super::{
     devices,
-    inroot::{Root, open_beneath},
-    mounts::{attach, mount_all, set_read_only},
+    gather::{Gathered, clone_tree},
+    inroot::Root,
+    mounts::{attach, make, place_all, set_read_only, spread},
 };
-use crate::{
-    plan::{Failure, FailureKind, InitPlan, Trying, View},
-    sys,
-};
+use crate::plan::{Failure, FailureKind, InitPlan, Trying, View};
 
 /// A container's root, in which everything may still be changed.
 pub(super) struct Unsealed<'p> {
     pub(super) root: Root,
     read_only: Vec<(&'p Path, OwnedFd)>,
+    null: OwnedFd,
 }
 
 /// Builds the view of a new container; the calling process is inside afterwards, at its root.
-pub(super) fn prepare(plan: &InitPlan) -> Result<Unsealed<'_>, Failure> {
+pub(super) fn prepare(plan: &InitPlan, gathered: Gathered) -> Result<Unsealed<'_>, Failure> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .trying(|| "make the mounts private".into())?;
-    let root = enter_root(plan)?;
+    let view = &plan.view;
+    name_system(view)?;
+    set_kernel_settings(plan)?;
+    let mounts = view.mounts.iter().zip(gathered.mounts);
+    let mounts = mounts.map(|(plan, given)| given.map_or_else(|| make(plan), Ok)).collect::<Result<Vec<_>, _>>()?;
+    let root = enter_root(gathered.root)?;
 
     // What is made from here on has exactly the mode that it asks for.
     rustix::process::umask(Mode::empty());
-    let view = &plan.view;
-    let read_only = mount_all(&root, &view.mounts)?;
-    devices::make(&root, view)?;
-    name_system(view)?;
-    set_kernel_settings(view)?;
+    let read_only = place_all(&root, &view.mounts, mounts)?;
+    if !view.foreign_dev {
+        devices::make(&root, view, gathered.devices)?;
+    }
     make_working_directory(&root, &plan.process.cwd)?;
-    Ok(Unsealed { root, read_only })
+    Ok(Unsealed { root, read_only, null: gathered.null })
 }
 
 /// Takes away what the program may not change or see.
 pub(super) fn seal(unsealed: Unsealed<'_>, view: &View) -> Result<Root, Failure> {
-    let Unsealed { root, read_only } = unsealed;
+    let Unsealed { root, read_only, null } = unsealed;
     for (path, mount) in read_only {
         set_read_only(mount.as_fd(), false).trying(|| format!("make {} read-only", path.display()))?;
     }
     for path in &view.readonly_paths {
         make_read_only(&root, path).trying(|| format!("linux.readonlyPaths: {}", path.display()))?;
     }
+    let mut cover = Cover { null, attached: false };
     for path in &view.masked_paths {
-        mask(&root, path).trying(|| format!("linux.maskedPaths: {}", path.display()))?;
+        mask(&root, path, &mut cover).trying(|| format!("linux.maskedPaths: {}", path.display()))?;
     }
     if view.readonly_root {
         set_read_only(root.directory(), false).trying(|| "make the root read-only".into())?;
     }
+    if let Some(kind) = view.root_propagation {
+        spread(root.directory(), &[kind]).trying(|| "linux.rootfsPropagation".into())?;
+    }
     Ok(root)
 }
 
-fn enter_root(plan: &InitPlan) -> Result<Root, Failure> {
-    let named = || format!("root file system {} in {}", plan.rootfs.display(), plan.share.display());
-    let share = openat(CWD, &plan.share, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    let share = share.trying(|| format!("open {}", plan.share.display()))?;
-    let place = open_beneath(share.as_fd(), &plan.rootfs).map_err(|error| {
-        let kind = if matches!(error, Errno::NOENT | Errno::LOOP | Errno::XDEV | Errno::NOTDIR) {
-            FailureKind::Invalid
-        } else {
-            FailureKind::Internal
-        };
-        Failure::new(kind, format!("open the {}: {error}", named()))
-    })?;
-    let root = clone_tree(place.as_fd(), true).trying(|| format!("bind the {}", named()))?;
-    attach(root.as_fd(), place.as_fd()).trying(|| format!("mount the {}", named()))?;
-
+fn enter_root(root: OwnedFd) -> Result<Root, Failure> {
     let old = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let old = old.trying(|| "open the guest's root".into())?;
-    fchdir(&root).trying(|| format!("enter the {}", named()))?;
+    attach(root.as_fd(), old.as_fd()).trying(|| "mount the root file system".into())?;
+    fchdir(&root).trying(|| "enter the root file system".into())?;
     // The old root comes to lie on top of the new one and is detached from there, so no directory of the
     // image is needed to hold it.
-    pivot_root(".", ".").trying(|| format!("make the {} the root", named()))?;
+    pivot_root(".", ".").trying(|| "make the root file system the root".into())?;
     fchdir(&old).trying(|| "enter the guest's root".into())?;
     unmount(".", UnmountFlags::DETACH).trying(|| "detach the guest's root".into())?;
     rustix::process::chdir("/").trying(|| "enter the container's root".into())?;
     Ok(Root::new(root))
-}
-
-/// A detached copy of the mount at `place`.
-fn clone_tree(place: BorrowedFd<'_>, recursive: bool) -> rustix::io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    open_tree(place, "", flags)
 }
 
 fn make_read_only(root: &Root, path: &Path) -> std::io::Result<()> {
@@ -118,28 +106,27 @@ fn make_read_only(root: &Root, path: &Path) -> std::io::Result<()> {
     Ok(attach(copy.as_fd(), place.as_fd())?)
 }
 
-fn mask(root: &Root, path: &Path) -> std::io::Result<()> {
+/// The guest's null device as a mount, which covers files. The container's own could be anything by now.
+struct Cover {
+    null: OwnedFd,
+    /// Only what is mounted somewhere in this namespace can be copied.
+    attached: bool,
+}
+
+fn mask(root: &Root, path: &Path, cover: &mut Cover) -> std::io::Result<()> {
     let place = match root.find(path) {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
         place => place?,
     };
-    let cover = if FileType::from_raw_mode(fstat(&place)?.st_mode).is_dir() {
-        super::mounts::empty_directory()?
+    if FileType::from_raw_mode(fstat(&place)?.st_mode).is_dir() {
+        attach(super::mounts::empty_directory()?.as_fd(), place.as_fd())?;
+    } else if cover.attached {
+        attach(clone_tree(cover.null.as_fd(), false)?.as_fd(), place.as_fd())?;
     } else {
-        clone_tree(null_device(root)?.as_fd(), false)?
-    };
-    Ok(attach(cover.as_fd(), place.as_fd())?)
-}
-
-/// The container's own /dev/null, if it is the real one.
-fn null_device(root: &Root) -> std::io::Result<OwnedFd> {
-    let null = root.find(Path::new("/dev/null"))?;
-    let found = fstat(&null)?;
-    if FileType::from_raw_mode(found.st_mode).is_char_device() && found.st_rdev == makedev(1, 3) {
-        Ok(null)
-    } else {
-        Err(std::io::Error::other("the container's /dev/null is not the null device"))
+        attach(cover.null.as_fd(), place.as_fd())?;
+        cover.attached = true;
     }
+    Ok(())
 }
 
 fn make_working_directory(root: &Root, cwd: &Path) -> Result<(), Failure> {
@@ -160,13 +147,17 @@ fn name_system(view: &View) -> Result<(), Failure> {
     Ok(())
 }
 
-fn set_kernel_settings(view: &View) -> Result<(), Failure> {
-    if view.sysctl.is_empty() {
+fn set_kernel_settings(plan: &InitPlan) -> Result<(), Failure> {
+    // With users of its own the container has no say in these, and they are set already.
+    let has_users = plan.namespaces.has_users();
+    let own = plan.view.sysctl.iter().filter(|(path, _)| !(has_users && path.starts_with("net")));
+    let mut own = own.peekable();
+    if own.peek().is_none() {
         return Ok(());
     }
     // Through a /proc of our own that is mounted nowhere: the container's may be anything.
     let proc = super::mounts::detached("proc", &[], MountAttrFlags::empty()).trying(|| "open /proc/sys".into())?;
-    for (path, value) in &view.sysctl {
+    for (path, value) in own {
         let named = || format!("linux.sysctl: set {} to {value:?}", path.display());
         let file = openat(&proc, Path::new("sys").join(path), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         let file = file.map_err(|error| Failure::new(FailureKind::Invalid, format!("{}: {error}", named())))?;
@@ -174,10 +165,4 @@ fn set_kernel_settings(view: &View) -> Result<(), Failure> {
             .map_err(|error| Failure::new(FailureKind::Invalid, format!("{}: {error}", named())))?;
     }
     Ok(())
-}
-
-/// Changes only how changes below the mount spread.
-pub(super) fn set_propagation(mount: BorrowedFd<'_>, kind: MountPropagationFlags) -> std::io::Result<()> {
-    let recursive = kind.contains(MountPropagationFlags::REC);
-    sys::mount_setattr(mount, MountAttrFlags::empty(), kind - MountPropagationFlags::REC, recursive)
 }

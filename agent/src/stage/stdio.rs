@@ -6,14 +6,14 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags, Uid, fchown, fstat, fstatfs, major, minor, openat},
-    mount::{OpenTreeFlags, open_tree},
+    fs::{FileType, Mode, OFlags, Uid, fchown, fstat, fstatfs, major, minor, openat},
+    io::Errno,
     process::ioctl_tiocsctty,
     pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt},
     termios::{Winsize, tcsetwinsize},
 };
 
-use super::{inroot::Root, mounts::attach as attach_mount, replace};
+use super::{gather::clone_tree, inroot::Root, mounts::attach as attach_mount, replace};
 use crate::plan::{Failure, FailureKind, ProcessPlan, TerminalSize, Trying};
 
 /// DEVPTS_SUPER_MAGIC of include/uapi/linux/magic.h.
@@ -70,15 +70,22 @@ fn open_terminal(root: &Root, size: TerminalSize) -> Result<(OwnedFd, OwnedFd), 
     Ok((master, slave))
 }
 
-/// Shows the terminal as /dev/console.
+/// Shows the terminal as /dev/console: on what the image has there, unless that leads elsewhere, or on a new file.
 fn make_console(root: &Root, slave: &OwnedFd) -> Result<(), Failure> {
     let what = || "bind the terminal to /dev/console".to_owned();
     let (parent, name) = root.parent(Path::new("/dev/console")).trying(what)?;
-    let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let flags = flags | OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    drop(openat(&parent, name, flags, Mode::from_raw_mode(0o600)).trying(what)?);
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
+    match openat(&parent, name, flags, Mode::from_raw_mode(0o600)) {
+        Ok(_) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error).trying(what),
+    }
+    // Found, not opened: opening a device may have effects.
     let place = openat(&parent, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()).trying(what)?;
-    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let copy = open_tree(slave, "", clone).trying(what)?;
+    let kind = FileType::from_raw_mode(fstat(&place).trying(what)?.st_mode);
+    if !kind.is_file() && !kind.is_char_device() {
+        let message = format!("{}: the image holds something else there", what());
+        return Err(Failure::new(FailureKind::Invalid, message));
+    }
+    let copy = clone_tree(slave.as_fd(), false).trying(what)?;
     attach_mount(copy.as_fd(), place.as_fd()).trying(what)
 }

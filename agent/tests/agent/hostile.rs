@@ -25,8 +25,8 @@ async fn mount_targets_that_are_links_stay_inside() {
         .as_array_mut()
         .unwrap()
         .push(json!({"destination": "/absolute", "type": "tmpfs", "source": "tmpfs"}));
-    let (code, message) = status(pod.create("c", &spec, None).await);
-    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    // What its link says is made inside, as runc makes it.
+    assert_eq!(pod.run(&spec).await.stdout, "1\nok\n");
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
 }
 

@@ -4,9 +4,13 @@
 //! and mount namespace, so nothing outlives it.
 
 mod control;
+mod escapes;
+mod hooks;
 mod hostile;
 mod lifecycle;
 mod limits;
+mod mounts;
+mod namespaces;
 mod process;
 mod seccomp;
 mod streams;

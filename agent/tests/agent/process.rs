@@ -1,5 +1,7 @@
 //! Who a process is and what it may: the `process` object.
 
+use std::fs;
+
 use serde_json::json;
 use ttrpc::Code;
 
@@ -83,6 +85,133 @@ async fn an_exec_inherits_capabilities_and_limits_or_brings_its_own() {
     process["oomScoreAdj"] = json!(5);
     let output = pod.run_exec("c", "e", &process).await;
     assert!(output.stdout.ends_with("\n99\n5\n"), "{output:?}");
+}
+
+#[tokio::test]
+async fn an_empty_home_is_as_none_and_an_exec_has_its_containers_umask() {
+    let pod = Pod::start().await;
+    let mut spec = shell("echo $HOME; umask; exec sleep 1000");
+    spec["process"]["env"].as_array_mut().unwrap().push(json!("HOME="));
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "umask": 0o077});
+    pod.create("c", &spec, None).await.unwrap();
+    pod.start_process("c", "").await.unwrap();
+    let mut process = exec_shell("echo $HOME; umask");
+    process["env"] = json!(["PATH=/bin", "HOME="]);
+    assert_eq!(pod.run_exec("c", "e", &process).await.stdout, "/root\n0077\n");
+    process["user"] = json!({"uid": 1000, "gid": 1000, "umask": 0o002});
+    assert_eq!(pod.run_exec("c", "e", &process).await.stdout, "/home/user\n0002\n");
+}
+
+/// Nice value, real-time priority and policy: fields 19, 40 and 41 of proc(5)'s stat, after a name without spaces.
+const SCHEDULED: &str = "cut -d' ' -f19,40,41 /proc/self/stat";
+
+#[tokio::test]
+async fn a_process_and_its_execs_are_scheduled_as_asked() {
+    let pod = Pod::start().await;
+    for (scheduler, expected) in [
+        (json!({"policy": "SCHED_OTHER", "nice": -7}), "-7 0 0\n"),
+        (json!({"policy": "SCHED_BATCH", "nice": 5}), "5 0 3\n"),
+        (json!({"policy": "SCHED_IDLE"}), "0 0 5\n"),
+        (json!({"policy": "SCHED_FIFO", "priority": 3, "flags": ["SCHED_FLAG_RESET_ON_FORK"]}), "0 3 1\n"),
+        (json!({"policy": "SCHED_RR", "priority": 9}), "0 9 2\n"),
+    ] {
+        // The program itself, not a child of it: that is where the flag ends.
+        let mut spec = spec(&["sh", "-c", &format!("exec {SCHEDULED}")]);
+        spec["process"]["scheduler"] = scheduler.clone();
+        assert_eq!(pod.run(&spec).await.stdout, expected, "{scheduler}");
+    }
+    let mut container = spec(&["sleep", "1000"]);
+    container["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 1});
+    container["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+    pod.create("c", &container, None).await.unwrap();
+    pod.start_process("c", "").await.unwrap();
+    let mut process = exec_shell(&format!("{SCHEDULED}; ionice"));
+    assert_eq!(pod.run_exec("c", "e", &process).await.stdout, "1 0 3\nbest-effort: prio 6\n");
+    process["scheduler"] = json!({"policy": "SCHED_OTHER", "nice": 2});
+    process["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE"});
+    assert_eq!(pod.run_exec("c", "e", &process).await.stdout, "2 0 0\nidle\n");
+
+    container["process"]["scheduler"] = json!({"policy": "SCHED_DEADLINE", "runtime": 1, "deadline": 1, "period": 1});
+    let (code, message) = status(pod.create("d", &container, None).await);
+    assert!(code == Code::INVALID_ARGUMENT && message.contains("process.scheduler"), "{message}");
+}
+
+#[tokio::test]
+async fn the_execution_domain_is_the_containers_and_its_execs() {
+    let pod = Pod::start().await;
+    let mut spec = spec(&["sh", "-c", "uname -m; exec sleep 1000"]);
+    spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+    pod.create("c", &spec, None).await.unwrap();
+    pod.start_process("c", "").await.unwrap();
+    assert_eq!(pod.run_exec("c", "e", &exec_shell("uname -m")).await.stdout, "i686\n");
+    pod.kill("c", "", 9, true).await.unwrap();
+    pod.wait("c", "").await.unwrap();
+    pod.delete("c", "").await.unwrap();
+    spec["linux"]["personality"] = json!({"domain": "LINUX"});
+    spec["process"]["args"] = json!(["uname", "-m"]);
+    assert_eq!(pod.run(&spec).await.stdout, "x86_64\n");
+}
+
+#[tokio::test]
+async fn an_exec_runs_on_the_processors_that_it_asks_for() {
+    let pod = Pod::start().await;
+    pod.start_sleeper("c").await;
+    let mut process = exec_shell("grep Cpus_allowed_list /proc/self/status | cut -f2");
+    for affinity in [json!({"initial": "0"}), json!({"final": "0"}), json!({"initial": "0-1", "final": "0"})] {
+        process["execCPUAffinity"] = affinity.clone();
+        assert_eq!(pod.run_exec("c", "e", &process).await.stdout, "0\n", "{affinity}");
+    }
+    process["execCPUAffinity"] = json!({"final": "1000"});
+    pod.exec("c", "f", &process, None).await.unwrap();
+    let (code, message) = status(pod.start_process("c", "f").await);
+    assert!(code == Code::INVALID_ARGUMENT && message.contains("process.execCPUAffinity.final"), "{message}");
+}
+
+#[tokio::test]
+async fn every_limit_is_set() {
+    let pod = Pod::start().await;
+    // Name in the specification, name in /proc/self/limits.
+    let names = [
+        ("CPU", "Max cpu time"),
+        ("FSIZE", "Max file size"),
+        ("DATA", "Max data size"),
+        ("STACK", "Max stack size"),
+        ("CORE", "Max core file size"),
+        ("RSS", "Max resident set"),
+        ("NPROC", "Max processes"),
+        ("NOFILE", "Max open files"),
+        ("MEMLOCK", "Max locked memory"),
+        ("AS", "Max address space"),
+        ("LOCKS", "Max file locks"),
+        ("SIGPENDING", "Max pending signals"),
+        ("MSGQUEUE", "Max msgqueue size"),
+        ("NICE", "Max nice priority"),
+        ("RTPRIO", "Max realtime priority"),
+        ("RTTIME", "Max realtime timeout"),
+    ];
+    // Below what this machine allows, where that is not enough; all different otherwise.
+    let allowed = fs::read_to_string("/proc/self/limits").unwrap();
+    let allowed = |line: &str| {
+        let found = allowed.lines().find_map(|text| text.strip_prefix(line)).unwrap();
+        found.split_whitespace().nth(1).unwrap().parse().unwrap_or(u64::MAX)
+    };
+    let values = |index: usize, (name, line): &(&str, &str)| {
+        let hard = if *name == "NOFILE" { 100 } else { (1u64 << 29) + 2 * index as u64 };
+        let hard = hard.min(allowed(line));
+        [hard.saturating_sub(1), hard]
+    };
+    let mut spec = shell("cat /proc/self/limits");
+    let limit = |(index, (name, _)): (usize, &(&str, &str))| {
+        let [soft, hard] = values(index, &names[index]);
+        json!({"type": format!("RLIMIT_{name}"), "soft": soft, "hard": hard})
+    };
+    spec["process"]["rlimits"] = names.iter().enumerate().map(limit).collect();
+    let output = pod.run(&spec).await.stdout;
+    for (index, (name, line)) in names.iter().enumerate() {
+        let found = output.lines().find_map(|text| text.strip_prefix(line)).unwrap();
+        let found: Vec<_> = found.split_whitespace().take(2).collect();
+        assert_eq!(found, values(index, &(*name, *line)).map(|number| number.to_string()), "{name}");
+    }
 }
 
 #[tokio::test]

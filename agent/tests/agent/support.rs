@@ -59,7 +59,7 @@ pub struct Output {
 }
 
 const TOOLS: &str = "sh cat echo id true false sleep stty ls mkdir mount umount ln hostname kill env pwd stat touch head \
-                     seq sha256sum dd tail grep awk chmod chown mknod readlink test printf wc ps tr sed cp rm find yes";
+                     seq sha256sum dd tail grep awk chmod chown mknod readlink test printf wc ps tr sed cp rm find yes mv rmdir uname ionice tty sort cut";
 
 impl Pod {
     /// Starts an agent and waits until it is ready.
@@ -143,14 +143,7 @@ impl Pod {
     }
 
     pub async fn create(&self, id: &str, spec: &Value, stdio: Option<Stdio>) -> ttrpc::Result<u32> {
-        let request = CreateRequest {
-            container_id: id.into(),
-            spec: spec.to_string().into_bytes(),
-            rootfs: "rootfs".into(),
-            stdio: stdio.into(),
-            ..Default::default()
-        };
-        self.create_request(request).await
+        self.create_request(CreateRequest { stdio: stdio.into(), ..request(id, spec) }).await
     }
 
     pub async fn create_request(&self, request: CreateRequest) -> ttrpc::Result<u32> {
@@ -235,13 +228,27 @@ impl Pod {
 
     /// Creates, starts, waits and deletes a container without input.
     pub async fn run(&self, spec: &Value) -> Output {
+        self.run_request(request("c", spec)).await
+    }
+
+    /// The same with whatever a request can say.
+    pub async fn run_request(&self, request: CreateRequest) -> Output {
         let (stdio, mut streams) = self.stdio(false).await;
-        self.create("c", spec, Some(stdio)).await.unwrap();
+        let id = request.container_id.clone();
+        self.create_request(CreateRequest { stdio: Some(stdio).into(), ..request }).await.unwrap();
         drop(streams.stdin.take());
-        self.start_process("c", "").await.unwrap();
-        let output = self.finish("c", "", streams).await;
-        self.delete("c", "").await.unwrap();
+        self.start_process(&id, "").await.unwrap();
+        let output = self.finish(&id, "", streams).await;
+        self.delete(&id, "").await.unwrap();
         output
+    }
+
+    /// Runs a script on this machine, in the agent's mount namespace and in its directory.
+    pub fn beside_agent(&self, script: &str) {
+        let target = self.agent_pid().to_string();
+        let script = format!("cd '{}'; {script}", self.directory.path().display());
+        let status = Command::new("nsenter").args(["--target", &target, "--mount", "sh", "-ec", &script]).status();
+        assert!(status.unwrap().success(), "{script}");
     }
 
     /// Runs one exec to its end.
@@ -342,6 +349,16 @@ fn make_rootfs(root: &Path) {
 
 fn container(id: &str) -> ContainerRequest {
     ContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
+/// A request for a container that others can add to.
+pub fn request(id: &str, spec: &Value) -> CreateRequest {
+    CreateRequest {
+        container_id: id.into(),
+        spec: spec.to_string().into_bytes(),
+        rootfs: "rootfs".into(),
+        ..Default::default()
+    }
 }
 
 fn process(id: &str, exec: &str) -> ProcessRequest {

@@ -1,0 +1,162 @@
+//! From the agent's namespaces into the container's.
+//!
+//! What is joined is joined first, with the rights of the guest's root, whoever it belongs to; the user namespace comes last,
+//! and new namespaces after it, so that they belong to it. A pid namespace holds from birth on only, and so does a time namespace:
+//!
+//! ```text
+//!   no user or time namespace:   the agent starts the stage inside the pid namespace already
+//!   otherwise:                   stage ── in the agent's pid namespace, root of the guest
+//!                                  │ joins, new time namespace
+//!                                  ├─ clone ──► process 1 of the container, in its user namespace
+//!                                  │ writes its id maps                     │ waits
+//!                                  │ tells the agent its number             │
+//!                                  └ ends ───────────────────────────────►  │ goes on as the stage
+//! ```
+
+use std::{fs, os::fd::OwnedFd};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::{
+    io::{read, write},
+    pipe::{PipeFlags, pipe_with},
+    process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior},
+    thread::{set_thread_gid, set_thread_groups, set_thread_uid},
+};
+
+use crate::{
+    handshake::{Reply, StageEnd},
+    idmap::kernel_text,
+    plan::{Failure, FailureKind, NamespaceKind as Kind, NamespacePlan, Trying},
+    spec::namespaces::name,
+    sys,
+};
+
+fn flag(kind: Kind) -> CloneFlags {
+    match kind {
+        Kind::Pid => CloneFlags::CLONE_NEWPID,
+        Kind::Network => CloneFlags::CLONE_NEWNET,
+        Kind::Ipc => CloneFlags::CLONE_NEWIPC,
+        Kind::Uts => CloneFlags::CLONE_NEWUTS,
+        Kind::Mount => CloneFlags::CLONE_NEWNS,
+        Kind::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        Kind::User => CloneFlags::CLONE_NEWUSER,
+        // Not in nix: include/uapi/linux/sched.h.
+        Kind::Time => CloneFlags::from_bits_retain(libc::CLONE_NEWTIME),
+    }
+}
+
+/// Enters a new container's namespaces. With a rebirth it returns in another process than the one that called.
+pub(super) fn enter_new(plan: &NamespacePlan, joined: Vec<OwnedFd>, agent: &mut StageEnd) -> Result<(), Failure> {
+    for (kind, fd) in plan.joined.iter().zip(joined) {
+        // The agent has started a stage without rebirth inside the pid namespace.
+        if *kind == Kind::Pid && !plan.needs_rebirth() {
+            continue;
+        }
+        setns(fd, flag(*kind)).trying(|| format!("join the {} namespace", name(*kind)))?;
+    }
+    if plan.makes(Kind::Time) {
+        unshare(flag(Kind::Time)).trying(|| "make a time namespace".into())?;
+        for (clock, seconds, nanos) in &plan.time_offsets {
+            fs::write("/proc/self/timens_offsets", format!("{clock} {seconds} {nanos}\n")).map_err(|error| {
+                let message = format!("linux.timeOffsets[{clock:?}]: {seconds} s and {nanos} ns: {error}");
+                Failure::new(FailureKind::Invalid, message)
+            })?;
+        }
+    }
+    if plan.needs_rebirth() {
+        be_reborn(plan, agent)?;
+    }
+    if plan.has_users() {
+        become_root()?;
+    }
+    let rest = [Kind::Mount, Kind::Ipc, Kind::Uts, Kind::Cgroup].into_iter().filter(|kind| plan.makes(*kind));
+    let rest = rest.fold(CloneFlags::empty(), |all, kind| all | flag(kind));
+    unshare(rest).trying(|| "create the container's namespaces".into())
+}
+
+/// Enters the namespaces of a running container, but for the pid namespace, in which this process was born.
+pub(super) fn enter_existing(plan: &NamespacePlan, init: &OwnedFd) -> Result<(), Failure> {
+    let mut all = flag(Kind::Ipc) | flag(Kind::Uts) | flag(Kind::Cgroup);
+    if plan.makes(Kind::Time) || plan.joins(Kind::Time) {
+        all |= flag(Kind::Time);
+    }
+    if !plan.has_users() {
+        return setns(init, all | flag(Kind::Mount)).trying(|| "join the container's namespaces".into());
+    }
+    // Not all of the others need belong to the user namespace; the mount namespace always does.
+    setns(init, all).trying(|| "join the container's namespaces".into())?;
+    setns(init, flag(Kind::User)).trying(|| "join the container's user namespace".into())?;
+    setns(init, flag(Kind::Mount)).trying(|| "join the container's mount namespace".into())?;
+    become_root()
+}
+
+/// Goes on as a child that is in the pid and user namespaces from its first instruction on.
+fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> {
+    let made = [Kind::User, Kind::Pid].into_iter().filter(|kind| plan.makes(*kind));
+    let made = made.fold(CloneFlags::empty(), |all, kind| all | flag(kind));
+    let (wait, release) = pipe_with(PipeFlags::CLOEXEC).trying(|| "make a pipe".into())?;
+    // SAFETY: a stage has one thread.
+    let born = unsafe { sys::fork_into(made) };
+    let born = born.map_err(|error| {
+        let what = if made.contains(flag(Kind::User)) { "linux.uidMappings: make a user namespace" } else { "fork" };
+        Failure::new(FailureKind::Internal, format!("{what}: {error}"))
+    })?;
+    let Some(pid) = born else {
+        drop(release);
+        return match read(&wait, &mut [0]) {
+            Ok(1) => Ok(()),
+            // The other one tells the agent what went wrong, or is dead and so is the container.
+            _ => sys::exit_at_once(super::EXIT_FAILED),
+        };
+    };
+    if plan.makes(Kind::User) {
+        for (file, field, list) in
+            [("uid_map", "linux.uidMappings", &plan.ids.uids), ("gid_map", "linux.gidMappings", &plan.ids.gids)]
+        {
+            fs::write(format!("/proc/{pid}/{file}"), kernel_text(list))
+                .map_err(|error| Failure::new(FailureKind::Invalid, format!("{field}: {list:?}: {error}")))?;
+        }
+    }
+    agent.send(&Reply::Born(pid), None).trying(|| "tell the agent of the container's process".into())?;
+    agent.receive_seen().trying(|| "wait for the agent".into())?;
+    write(&release, &[0]).trying(|| "let the container's process go on".into())?;
+    sys::exit_at_once(0)
+}
+
+/// Inside a user namespace this process is still the guest's root, which is nobody there.
+fn become_root() -> Result<(), Failure> {
+    set_thread_groups(&[]).trying(|| "leave all groups".into())?;
+    set_thread_gid(Gid::ROOT).trying(|| "become group 0 of the user namespace".into())?;
+    set_thread_uid(Uid::ROOT).trying(|| "become user 0 of the user namespace".into())?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).trying(|| "stay unreachable".into())
+}
+
+/// A user namespace with these mappings that nobody lives in.
+pub(super) fn user_namespace(maps: &crate::idmap::IdMaps) -> Result<OwnedFd, Failure> {
+    let what = || "make a user namespace for mapped ids".to_owned();
+    let (wait, release) = pipe_with(PipeFlags::CLOEXEC).trying(what)?;
+    // SAFETY: a stage has one thread.
+    let Some(pid) = (unsafe { sys::fork_into(flag(Kind::User)) }).trying(what)? else {
+        drop(release);
+        // Until the parent has what it wants, or has died.
+        let _ = read(&wait, &mut [0]);
+        sys::exit_at_once(0);
+    };
+    // The guest's /proc may not show this stage's children under the numbers that it knows.
+    let namespace = super::mounts::detached("proc", &[], rustix::mount::MountAttrFlags::empty())
+        .map_err(std::io::Error::from)
+        .and_then(|proc| {
+            use rustix::fs::{Mode, OFlags, openat};
+            for (file, list) in [("uid_map", &maps.uids), ("gid_map", &maps.gids)] {
+                let file = openat(&proc, format!("{pid}/{file}"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+                write(&file, kernel_text(list).as_bytes())?;
+            }
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            Ok(openat(&proc, format!("{pid}/ns/user"), flags, Mode::empty())?)
+        });
+    drop(release);
+    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+        rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()).trying(what)?;
+    }
+    namespace.map_err(|error| Failure::new(FailureKind::Invalid, format!("{maps:?}: {error}")))
+}

@@ -1,0 +1,221 @@
+//! Namespaces beyond the usual ones: users, clocks, and those of another container of the pod.
+
+use std::{fs, os::unix::fs::MetadataExt, path::Path};
+
+use caisson_protos::agent::{CreateRequest, JoinedNamespace};
+use serde_json::{Value, json};
+use ttrpc::Code;
+
+use crate::support::{Pod, exec_shell, read_all, request, shell, status};
+
+/// The first of the ids that a container's users are outside.
+const OUTSIDE: u32 = 100_000;
+
+/// With users of its own, as containerd asks for it.
+fn with_users(spec: &mut Value) {
+    let mapping = json!([{"containerID": 0, "hostID": OUTSIDE, "size": 65536}]);
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+    spec["linux"]["uidMappings"] = mapping.clone();
+    spec["linux"]["gidMappings"] = mapping;
+}
+
+/// A pod whose root file system belongs to such a container.
+async fn pod_of_users() -> Pod {
+    let pod = Pod::start().await;
+    let owner = format!("{OUTSIDE}:{OUTSIDE}");
+    let status = std::process::Command::new("chown").args(["-R", &owner]).arg(pod.rootfs()).status().unwrap();
+    assert!(status.success());
+    pod
+}
+
+fn join(spec: &mut Value, kinds: &[&str], whose: &str) -> Vec<JoinedNamespace> {
+    let list = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    for kind in kinds {
+        list.retain(|namespace| namespace["type"] != *kind);
+        list.push(json!({"type": kind, "path": format!("/proc/4711/ns/{kind}")}));
+    }
+    let one = |kind: &&str| JoinedNamespace { type_: (*kind).into(), container_id: whose.into(), ..Default::default() };
+    kinds.iter().map(one).collect()
+}
+
+#[tokio::test]
+async fn a_containers_root_is_somebody_else_outside() {
+    let pod = pod_of_users().await;
+    let script = "id -u; tr -s ' ' < /proc/self/uid_map; touch /tmp/made; echo $$; ls -d /proc/[0-9]*; \
+                  echo reopened > /proc/self/fd/1; mount -t tmpfs t /tmp && echo mounted; mknod /tmp/node c 1 3 || echo no node; \
+                  echo x > /dev/null && echo null; head -c 2 /dev/zero | wc -c; cat /sys/class/net/lo/ifindex; hostname; ulimit -n";
+    let mut spec = shell(script);
+    with_users(&mut spec);
+    spec["hostname"] = json!("inner");
+    let all = json!(["CAP_SYS_ADMIN", "CAP_MKNOD", "CAP_CHOWN", "CAP_DAC_OVERRIDE"]);
+    spec["process"]["capabilities"] = json!({"bounding": all, "permitted": all, "effective": all});
+    spec["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"}));
+    spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 300, "hard": 400}]);
+    spec["process"]["oomScoreAdj"] = json!(321);
+    let output = pod.run(&spec).await;
+    let mut expected = format!("0\n 0 {OUTSIDE} 65536\n1\n/proc/1\n");
+    assert!(output.stdout.starts_with(&expected), "{output:?}");
+    expected = "reopened\nmounted\nno node\nnull\n2\n1\ninner\n300\n".into();
+    assert!(output.stdout.ends_with(&expected), "{output:?}");
+    let made = fs::metadata(pod.rootfs().join("tmp/made")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (OUTSIDE, OUTSIDE));
+    pod.assert_empty();
+}
+
+#[tokio::test]
+async fn an_exec_and_its_terminal_are_in_the_user_namespace() {
+    let pod = pod_of_users().await;
+    let mut spec = shell("exec sleep 1000");
+    with_users(&mut spec);
+    pod.create("c", &spec, None).await.unwrap();
+    let pid = pod.start_process("c", "").await.unwrap();
+    assert!(pod.pids("c").await.unwrap().iter().any(|(known, _)| *known == pid));
+    let script = "for n in user mnt pid ipc uts cgroup; do [ $(readlink /proc/self/ns/$n) = $(readlink /proc/1/ns/$n) ] && echo $n; done";
+    assert_eq!(pod.run_exec("c", "r", &exec_shell(script)).await.stdout, "user\nmnt\npid\nipc\nuts\ncgroup\n");
+    let script = "id -u; id -g; stat -c '%u' $(tty); stty size";
+    let mut process = exec_shell(script);
+    process["user"] = json!({"uid": 1000, "gid": 1001});
+    process["consoleSize"] = json!({"width": 91, "height": 17});
+    let (stdio, streams) = pod.stdio(true).await;
+    pod.exec("c", "e", &process, Some(stdio)).await.unwrap();
+    pod.start_process("c", "e").await.unwrap();
+    assert_eq!(read_all(streams.stdout).await, "1000\r\n1001\r\n1000\r\n17 91\r\n");
+    // The standard streams of one without a terminal belong to its user as well.
+    let mut process = exec_shell("echo again > /proc/self/fd/1; stat -L -c %u /proc/self/fd/0");
+    process["user"] = json!({"uid": 1000, "gid": 1001});
+    assert_eq!(pod.run_exec("c", "f", &process).await.stdout, "again\n1000\n");
+    pod.kill("c", "", 9, true).await.unwrap();
+    assert_eq!(pod.wait("c", "").await.unwrap().exit_status, 137);
+    pod.delete("c", "").await.unwrap();
+    pod.assert_empty();
+}
+
+#[tokio::test]
+async fn users_that_the_namespace_has_not_are_refused_by_name() {
+    let pod = pod_of_users().await;
+    let mut spec = shell("true");
+    with_users(&mut spec);
+    spec["process"]["user"] = json!({"uid": 70_000, "gid": 0});
+    let (code, message) = status(pod.create("c", &spec, None).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("process.user.uid") && message.contains("70000"), "{message}");
+    spec["process"]["user"] = json!({"uid": 0, "gid": 0});
+    spec["linux"]["uidMappings"] =
+        json!([{"containerID": 0, "hostID": 5, "size": 2}, {"containerID": 1, "hostID": 9, "size": 1}]);
+    let (code, message) = status(pod.create("c", &spec, None).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "ranges that overlap: {message}");
+    assert!(message.contains("linux.uidMappings"), "{message}");
+    pod.assert_empty();
+}
+
+#[tokio::test]
+async fn a_container_joins_the_namespaces_of_another() {
+    let pod = Pod::start().await;
+    let mut first = shell("exec sleep 1000");
+    first["hostname"] = json!("theirs");
+    pod.create("first", &first, None).await.unwrap();
+    pod.start_process("first", "").await.unwrap();
+    let ns = "for n in pid ipc uts net cgroup mnt; do readlink /proc/self/ns/$n; done";
+    let theirs = pod.run_exec("first", "e", &exec_shell(ns)).await.stdout;
+    let mut spec = shell(&format!("{ns}; hostname; tr '\\0' ' ' < /proc/1/cmdline"));
+    let joins = join(&mut spec, &["pid", "ipc", "uts", "network"], "first");
+    let output = pod.run_request(CreateRequest { joins, ..request("second", &spec) }).await;
+    let (theirs, mut ours): (Vec<_>, Vec<_>) = (theirs.lines().collect(), output.stdout.lines().collect());
+    let rest = ours.split_off(6);
+    assert_eq!(ours[..4], theirs[..4]);
+    assert!(ours[4] != theirs[4] && ours[5] != theirs[5], "the cgroup and the files are its own: {output:?}");
+    assert_eq!(rest, ["theirs", "sleep 1000 "]);
+    pod.kill("first", "", 9, true).await.unwrap();
+    pod.wait("first", "").await.unwrap();
+    pod.delete("first", "").await.unwrap();
+    pod.assert_empty();
+}
+
+#[tokio::test]
+async fn a_container_joins_the_users_of_another() {
+    let pod = pod_of_users().await;
+    let mut first = shell("exec sleep 1000");
+    with_users(&mut first);
+    pod.create("first", &first, None).await.unwrap();
+    let pid = pod.start_process("first", "").await.unwrap();
+    let theirs = fs::read_link(format!("/proc/{}/root/proc/{pid}/ns/user", pod.agent_pid())).unwrap();
+    for kinds in [&["user"][..], &["user", "pid", "ipc", "uts", "network"]] {
+        let mut spec = shell(
+            "readlink /proc/self/ns/user; id -u; tr -s ' ' < /proc/self/uid_map; echo ok > /proc/self/fd/1; \
+                              cat /proc/sys/kernel/ns_last_pid > /dev/null && echo proc",
+        );
+        let joins = join(&mut spec, kinds, "first");
+        let output = pod.run_request(CreateRequest { joins, ..request("second", &spec) }).await;
+        let expected = format!("{}\n0\n 0 {OUTSIDE} 65536\nok\nproc\n", theirs.display());
+        assert_eq!(output.stdout, expected, "{kinds:?}: {output:?}");
+        let exec = pod.run_exec("first", "e", &exec_shell("readlink /proc/self/ns/user")).await;
+        assert_eq!(Path::new(exec.stdout.trim()), theirs);
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_joined_is_refused_by_name() {
+    let pod = Pod::start().await;
+    pod.start_sleeper("first").await;
+    let case = async |kinds: &[&str], whose: &str, answered: bool| {
+        let mut spec = shell("true");
+        let mut joins = join(&mut spec, kinds, whose);
+        if !answered {
+            joins.clear();
+        }
+        status(pod.create_request(CreateRequest { joins, ..request("second", &spec) }).await)
+    };
+    for (kinds, whose, answered, code, part) in [
+        (&["pid"][..], "first", false, Code::INVALID_ARGUMENT, "\"pid\" with path \"/proc/4711/ns/pid\""),
+        (&["mount"], "first", true, Code::INVALID_ARGUMENT, "\"mount\""),
+        (&["user"], "first", true, Code::INVALID_ARGUMENT, "no user namespace of its own"),
+        (&["ipc"], "nobody", true, Code::NOT_FOUND, "nobody"),
+        (&["ipc"], "second", true, Code::NOT_FOUND, "second"),
+        (&["thread"], "first", true, Code::INVALID_ARGUMENT, "\"thread\""),
+    ] {
+        let (found, message) = case(kinds, whose, answered).await;
+        assert_eq!(found, code, "{kinds:?}: {message}");
+        assert!(message.contains(part), "{kinds:?}: {message}");
+    }
+    let mut spec = shell("true");
+    spec["hostname"] = json!("mine");
+    let joins = join(&mut spec, &["uts"], "first");
+    let (code, message) = status(pod.create_request(CreateRequest { joins, ..request("second", &spec) }).await);
+    assert!(code == Code::INVALID_ARGUMENT && message.contains("hostname"), "{message}");
+}
+
+#[tokio::test]
+async fn clocks_have_their_offsets_in_the_container_and_its_execs() {
+    let pod = Pod::start().await;
+    let mut spec = shell("cat /proc/self/timens_offsets | tr -s ' '; cut -d. -f1 /proc/uptime");
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "time"}));
+    spec["linux"]["timeOffsets"] =
+        json!({"monotonic": {"secs": 86400, "nanosecs": 5}, "boottime": {"secs": 1_000_000_000}});
+    let seconds = |text: &str| text.lines().next_back().unwrap().parse::<u64>().unwrap();
+    let output = pod.run(&spec).await.stdout;
+    assert!(
+        output.starts_with("monotonic 86400 5\nboottime 1000000000 0\n") && seconds(&output) > 1_000_000_000,
+        "{output}"
+    );
+
+    spec["process"]["args"] = json!(["sleep", "1000"]);
+    pod.create("c", &spec, None).await.unwrap();
+    pod.start_process("c", "").await.unwrap();
+    let script = "readlink /proc/1/ns/time; readlink /proc/self/ns/time; cut -d. -f1 /proc/uptime";
+    let exec = pod.run_exec("c", "e", &exec_shell(script)).await;
+    let [init, own, _] = exec.stdout.lines().collect::<Vec<_>>()[..] else { panic!("{exec:?}") };
+    assert_eq!(init, own);
+    assert!(seconds(&exec.stdout) > 1_000_000_000, "{exec:?}");
+    pod.kill("c", "", 9, true).await.unwrap();
+    pod.wait("c", "").await.unwrap();
+    pod.delete("c", "").await.unwrap();
+
+    spec["linux"]["timeOffsets"] = json!({"monotonic": {"secs": i64::MIN}});
+    let (code, message) = status(pod.create("c", &spec, None).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("linux.timeOffsets[\"monotonic\"]"), "{message}");
+    pod.assert_empty();
+}
