@@ -1,7 +1,7 @@
 //! The pod's cgroup on the host: caisson-vmm and caisson-fsd live in the directory that the specification names ([`path`]), with its
 //! limits and an overhead ([`limits`]). The shim itself stays where containerd has put it, as runc's does.
 //!
-//! The directories are made on the file system itself, for systemd's names as well (docs/decisions/0006). As runc does, parents
+//! The directories are made on the file system itself, for systemd's names as well (docs/decisions/0007). As runc does, parents
 //! are made if they are missing and stay when the pod is gone; the pod's own directory is removed.
 
 pub mod limits;

@@ -7,6 +7,7 @@ mod images;
 mod isolation;
 mod lifecycle;
 mod many;
+mod resources;
 mod spec;
 mod streams;
 mod verbs;
