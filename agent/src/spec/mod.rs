@@ -125,10 +125,9 @@ pub fn container(json: &[u8], answers: &Answers) -> Result<Accepted> {
         hostname: name("hostname", &spec.hostname, &namespaces)?,
         domainname: name("domainname", &spec.domainname, &namespaces)?,
         sysctl: sysctl(linux)?,
-        foreign_dev: mounts.iter().any(|mount| {
-            matches!(mount.source, MountSource::Bind { .. })
-                && mount.destination.components().eq(Path::new("/dev").components())
-        }),
+        foreign_dev: mounts
+            .iter()
+            .any(|mount| matches!(mount.source, MountSource::Bind { .. }) && mount.destination == Path::new("/dev")),
         mounts,
         devices,
         masked_paths: paths("linux.maskedPaths", linux.masked_paths().as_deref())?,

@@ -17,15 +17,17 @@ use std::{fs, os::fd::OwnedFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
+    fs::{Mode, OFlags, openat},
     io::{read, write},
+    mount::MountAttrFlags,
     pipe::{PipeFlags, pipe_with},
-    process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior},
+    process::{DumpableBehavior, Gid, Pid, Uid, WaitOptions, set_dumpable_behavior, waitpid},
     thread::{set_thread_gid, set_thread_groups, set_thread_uid},
 };
 
 use crate::{
     handshake::{Reply, StageEnd},
-    idmap::kernel_text,
+    idmap::{IdMapping, IdMaps, kernel_text},
     plan::{Failure, FailureKind, NamespaceKind as Kind, NamespacePlan, Trying},
     spec::namespaces::name,
     sys,
@@ -114,7 +116,7 @@ fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> 
             [("uid_map", "linux.uidMappings", &plan.ids.uids), ("gid_map", "linux.gidMappings", &plan.ids.gids)]
         {
             fs::write(format!("/proc/{pid}/{file}"), kernel_text(list))
-                .map_err(|error| Failure::new(FailureKind::Invalid, format!("{field}: {list:?}: {error}")))?;
+                .map_err(|error| Failure::new(FailureKind::Invalid, format!("{field}: {}: {error}", words(list))))?;
         }
     }
     agent.send(&Reply::Born(pid), None).trying(|| "tell the agent of the container's process".into())?;
@@ -132,7 +134,7 @@ fn become_root() -> Result<(), Failure> {
 }
 
 /// A user namespace with these mappings that nobody lives in.
-pub(super) fn user_namespace(maps: &crate::idmap::IdMaps) -> Result<OwnedFd, Failure> {
+pub(super) fn user_namespace(maps: &IdMaps) -> Result<OwnedFd, Failure> {
     let what = || "make a user namespace for mapped ids".to_owned();
     let (wait, release) = pipe_with(PipeFlags::CLOEXEC).trying(what)?;
     // SAFETY: a stage has one thread.
@@ -143,20 +145,27 @@ pub(super) fn user_namespace(maps: &crate::idmap::IdMaps) -> Result<OwnedFd, Fai
         sys::exit_at_once(0);
     };
     // The guest's /proc may not show this stage's children under the numbers that it knows.
-    let namespace = super::mounts::detached("proc", &[], rustix::mount::MountAttrFlags::empty())
-        .map_err(std::io::Error::from)
-        .and_then(|proc| {
-            use rustix::fs::{Mode, OFlags, openat};
-            for (file, list) in [("uid_map", &maps.uids), ("gid_map", &maps.gids)] {
-                let file = openat(&proc, format!("{pid}/{file}"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-                write(&file, kernel_text(list).as_bytes())?;
-            }
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            Ok(openat(&proc, format!("{pid}/ns/user"), flags, Mode::empty())?)
-        });
+    let namespace = map_and_open(pid, maps);
     drop(release);
-    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-        rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()).trying(what)?;
+    if let Some(pid) = Pid::from_raw(pid) {
+        waitpid(Some(pid), WaitOptions::empty()).trying(what)?;
     }
-    namespace.map_err(|error| Failure::new(FailureKind::Invalid, format!("{maps:?}: {error}")))
+    namespace.map_err(|error| {
+        let message = format!("uidMappings {}, gidMappings {}: {error}", words(&maps.uids), words(&maps.gids));
+        Failure::new(FailureKind::Invalid, message)
+    })
+}
+
+fn map_and_open(pid: i32, maps: &IdMaps) -> std::io::Result<OwnedFd> {
+    let proc = super::mounts::detached("proc", &[], MountAttrFlags::empty())?;
+    let open = |path: String, flags| openat(&proc, path, flags | OFlags::CLOEXEC, Mode::empty());
+    for (file, list) in [("uid_map", &maps.uids), ("gid_map", &maps.gids)] {
+        write(&open(format!("{pid}/{file}"), OFlags::WRONLY)?, kernel_text(list).as_bytes())?;
+    }
+    Ok(open(format!("{pid}/ns/user"), OFlags::RDONLY)?)
+}
+
+/// Mappings for a message.
+fn words(list: &[IdMapping]) -> String {
+    format!("{:?}", kernel_text(list).trim_end().replace('\n', ", "))
 }

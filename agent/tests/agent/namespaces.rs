@@ -94,6 +94,32 @@ async fn an_exec_and_its_terminal_are_in_the_user_namespace() {
 }
 
 #[tokio::test]
+async fn a_container_with_users_has_its_terminal_as_console() {
+    let pod = pod_of_users().await;
+    let mut spec =
+        shell("tty; stat -c %u /dev/pts/0; echo console > /dev/console; exec < /dev/tty && echo controlling");
+    with_users(&mut spec);
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    let (stdio, streams) = pod.stdio(true).await;
+    pod.create("c", &spec, Some(stdio)).await.unwrap();
+    pod.start_process("c", "").await.unwrap();
+    assert_eq!(read_all(streams.stdout).await, "/dev/pts/0\r\n1000\r\nconsole\r\ncontrolling\r\n");
+    pod.wait("c", "").await.unwrap();
+    pod.delete("c", "").await.unwrap();
+    pod.assert_empty();
+}
+
+#[tokio::test]
+async fn settings_of_the_pods_network_and_of_its_own_ipc_are_made_for_a_container_with_users() {
+    let pod = pod_of_users().await;
+    let mut spec = shell("cat /proc/sys/kernel/shmmni /proc/sys/net/ipv4/ip_default_ttl");
+    with_users(&mut spec);
+    let before = fs::read_to_string("/proc/sys/net/ipv4/ip_default_ttl").unwrap();
+    spec["linux"]["sysctl"] = json!({"kernel.shmmni": "123", "net.ipv4.ip_default_ttl": before.trim()});
+    assert_eq!(pod.run(&spec).await.stdout, format!("123\n{before}"));
+}
+
+#[tokio::test]
 async fn users_that_the_namespace_has_not_are_refused_by_name() {
     let pod = pod_of_users().await;
     let mut spec = shell("true");
