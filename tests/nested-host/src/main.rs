@@ -61,8 +61,8 @@ struct Args {
     #[arg(long, conflicts_with_all = ["exact", "in_ram"])]
     direct_if_possible: bool,
 
-    /// Virtual time is the number of executed instructions (1 ns each), on one processor: benchmarks repeat.
-    /// Reading this machine's files distorts it: see --in-ram
+    /// The clock jumps over idle time and nothing is random, so that benchmarks repeat. Reading this machine's files
+    /// distorts it: see --in-ram
     #[arg(long)]
     exact: bool,
 
@@ -87,9 +87,8 @@ struct Args {
     #[arg(long, value_name = "MiB", default_value_t = 4096)]
     mem: u32,
 
-    /// Processors of the nested host (one with --exact). With more than one QEMU's emulation of SVM is not reliable: the
-    /// host was seen to stop, or to find its memory changed
-    #[arg(long, default_value_t = 1)]
+    /// Ignored
+    #[arg(long, default_value_t = 1, hide = true)]
     cpus: u32,
 
     /// Seconds of this machine's time that the command may take
@@ -157,6 +156,7 @@ fn run(args: Args) -> anyhow::Result<u8> {
         }
     }
     let payload = if args.in_ram { ram::collect(&args.prog, &args.file)? } else { Vec::new() };
-    let machine = qemu::Machine { exact: args.exact, mem_mib: args.mem, cpus: if args.exact { 1 } else { args.cpus } };
+    let _ = args.cpus;
+    let machine = qemu::Machine { exact: args.exact, mem_mib: args.mem };
     host::run(&machine, &job, &payload, limit)
 }
