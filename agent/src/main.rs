@@ -26,7 +26,7 @@ use caisson_agent::{
     transport::{HostOnly, connect_host},
 };
 use caisson_protos::guest::{AGENT_PORT, READY_PORT, Ready, SHARE_MOUNT, STDIO_PORT};
-use slog::{Level, Logger, error, info};
+use slog::{Level, Logger, error, info, warn};
 use tokio::io::AsyncWriteExt;
 
 /// Called by the C library's start code.
@@ -69,6 +69,9 @@ fn run(started_ns: u64, log: &Logger) -> anyhow::Result<Infallible> {
         let stdio = HostOnly::listen(STDIO_PORT).with_context(|| format!("listen on vsock port {STDIO_PORT}"))?;
         let reaper = Reaper::new().context("handle SIGCHLD")?;
         let cgroups = Cgroups::prepare(boot::CGROUP_MOUNT.as_ref())?;
+        if let Err(error) = cgroups.keep_for_agent() {
+            warn!(log, "no memory is kept for the agent"; "error" => %error);
+        }
         let launcher = Launcher::new(PathBuf::from("/proc/self/exe")).context("open the agent's pid namespace")?;
         let streams = Streams::default();
         let share = Share::VirtioFs(SHARE_MOUNT.into());

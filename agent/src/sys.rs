@@ -1,5 +1,4 @@
-//! The system calls that no crate wraps. With [`crate::power`] and the descriptors of [`crate::handshake`] this is all
-//! the unsafe code of the agent.
+//! The system calls that no crate wraps, but for bpf(2), which is in [`crate::cgroup::bpf`].
 
 use std::{io, os::fd::AsRawFd, os::fd::BorrowedFd};
 

@@ -64,8 +64,8 @@ pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
         interface: 0,
         expected_attach_type: 0,
     };
-    // SAFETY: the kernel reads size_of::<Load>() bytes of `attributes`, as many instructions behind its pointer as it is told,
-    // and the license up to its NUL; all of them outlive the call, and it writes to none.
+    // SAFETY: the kernel reads size_of::<Load>() bytes of `attributes`, as many instructions behind its pointer as it
+    // is told, and the license up to its NUL; all of them outlive the call, and it writes to none.
     let result = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, size_of::<Load>()) };
     match i32::try_from(result) {
         // SAFETY: the kernel has just made this descriptor (close-on-exec); nothing else owns it.
@@ -74,8 +74,9 @@ pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
     }
 }
 
-/// Makes the kernel ask `program` about the devices of the processes in the cgroup whose directory `cgroup` is, instead of `replaced`. There is no
-/// moment in which neither is asked. Where cgroups above have programs too, all of them must allow.
+/// Makes the kernel ask `program` about the devices of the processes in the cgroup whose directory `cgroup` is, instead
+/// of `replaced`. There is no moment in which neither is asked. Where cgroups above have programs too, all of them must
+/// allow.
 ///
 /// # Errors
 /// What bpf(2) says.

@@ -1,9 +1,9 @@
 //! Which devices a container may use: from rules to the BPF program that the kernel asks at each open and mknod; pure.
 //!
 //! cgroup v2 has no file for it. The rules mean what they mean to cgroup v1 and, with a program like this one, to runc:
-//! first everything is refused; a rule for all devices (`a`) turns that round and forgets what was before; every other rule adds an
-//! exception or takes one back. An access is an exception if one of them covers it whole (where all else is refused) or
-//! touches it (where all else is allowed).
+//! first everything is refused; a rule for all devices (`a`) turns that round and forgets what was before; every other
+//! rule adds an exception or takes one back. An access is an exception if one of them covers it whole (where all else
+//! is refused) or touches it (where all else is allowed).
 
 use std::collections::BTreeMap;
 

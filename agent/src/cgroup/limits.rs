@@ -79,12 +79,12 @@ fn one(cgroup: &Path, limit: &Limit) -> Result<Option<usize>, CgroupError> {
     }
 }
 
-/// What to write to a file so that it says again what it said. A file that holds a line for each device (`8:0 rbps=1 wbps=max ...`)
-/// gets the line of the device that was `written`.
+/// What to write to a file so that it says again what it said. A file that holds a line for each device (`8:0 rbps=1
+/// wbps=max ...`) gets the line of the device that was `written`.
 fn restoring(before: &str, written: &str) -> String {
     let Some((device, settings)) = written.split_once(' ').filter(|(first, _)| first.contains(':')) else {
-        // An empty list is written as an empty line: no bytes at all would be no write. Of a file with a line for each device the
-        // first one is the default.
+        // An empty list is written as an empty line: no bytes at all would be no write. Of a file with a line for each
+        // device the first one is the default.
         return format!("{}\n", before.lines().next().unwrap_or_default());
     };
     let line = before.lines().find(|line| line.split(' ').next() == Some(device));

@@ -41,6 +41,11 @@ const EVENT_LIMIT: Duration = Duration::from_secs(10);
 /// How often a cgroup that is said to be empty may turn out not to be.
 const ATTEMPTS: u32 = 10;
 
+/// What is kept for the agent: a part of the machine's memory, within bounds (bytes).
+const KEPT_PART: u64 = 32;
+const KEPT_LEAST: u64 = 8 << 20;
+const KEPT_MOST: u64 = 64 << 20;
+
 /// A cgroup that cannot be made, limited or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -135,6 +140,22 @@ impl Cgroups {
         Ok(Self { parent })
     }
 
+    /// Keeps some of the machine's memory out of all containers' reach: when one of them has taken the rest, the kernel
+    /// reclaims and kills among them, and the agent still gets what it needs at once. Without the memory controller
+    /// nothing is kept.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn keep_for_agent(&self) -> Result<(), CgroupError> {
+        let meminfo = Path::new("/proc/meminfo");
+        let text = fs::read_to_string(meminfo).map_err(io_error("read", meminfo))?;
+        let file = self.parent.join("memory.max");
+        match reach_of_containers(&text) {
+            Some(bytes) if file.exists() => write(&file, &bytes.to_string()).map_err(io_error("write", &file)),
+            _ => Ok(()),
+        }
+    }
+
     /// Makes a container's cgroup and sets its limits; nothing stays if that fails.
     ///
     /// # Errors
@@ -151,6 +172,17 @@ impl Cgroups {
         }
         Ok(cgroup)
     }
+}
+
+/// How much memory the containers may have together, bytes, from the text of /proc/meminfo before there is any: what is
+/// available, but for [`KEPT_PART`] of the whole.
+fn reach_of_containers(meminfo: &str) -> Option<u64> {
+    let kib = |key: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    let kept = (kib("MemTotal")? / KEPT_PART).clamp(KEPT_LEAST, KEPT_MOST);
+    kib("MemAvailable")?.checked_sub(kept)
 }
 
 /// One container's cgroup.
@@ -296,5 +328,26 @@ impl Cgroup {
             found.extend_from_slice(&level);
         }
         found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_the_memory_stays_for_the_agent() {
+        let meminfo = |total: u64, available: u64| {
+            format!("MemTotal:       {} kB\nMemFree:  1 kB\nMemAvailable:   {} kB\n", total >> 10, available >> 10)
+        };
+        for (total, available, reach) in [
+            (256 << 20, 230 << 20, Some(222 << 20)),
+            (1 << 30, 1000 << 20, Some(968 << 20)),
+            (1 << 40, 1 << 39, Some((1 << 39) - (64 << 20))),
+            (64 << 20, 1 << 20, None),
+        ] {
+            assert_eq!(reach_of_containers(&meminfo(total, available)), reach, "{total}");
+        }
+        assert_eq!(reach_of_containers("MemTotal: x kB\n"), None);
     }
 }

@@ -1,4 +1,5 @@
-//! What a container has used: the kernel's files as numbers. Documentation/admin-guide/cgroup-v2.rst describes the formats.
+//! What a container has used: the kernel's files as numbers. Documentation/admin-guide/cgroup-v2.rst describes the
+//! formats.
 
 use std::{collections::HashMap, fs, io, path::Path};
 
@@ -139,7 +140,9 @@ mod tests {
         }
 
         #[test]
-        fn what_the_kernel_writes_is_read_back(values in proptest::collection::hash_map("[a-z_]{1,12}", any::<u64>(), 0..20)) {
+        fn what_the_kernel_writes_is_read_back(
+            values in proptest::collection::hash_map("[a-z_]{1,12}", any::<u64>(), 0..20),
+        ) {
             let text: String = values.iter().map(|(key, value)| format!("{key} {value}\n")).collect();
             prop_assert_eq!(flat(&text), values.clone());
             let words: String = values.iter().map(|(key, value)| format!(" {key}={value}")).collect();

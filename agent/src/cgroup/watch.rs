@@ -1,7 +1,7 @@
 //! Waiting for a change of one of the kernel's event files (cgroup.events, memory.events), without a clock.
 //!
-//! The kernel marks an open file of that kind as having an exceptional condition (POLLPRI) when it changes, and takes the mark
-//! back when the file is read. So whoever reads first and waits then misses nothing.
+//! The kernel marks an open file of that kind as having an exceptional condition (POLLPRI) when it changes, and takes
+//! the mark back when the file is read. So whoever reads first and waits then misses nothing.
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
@@ -21,7 +21,8 @@ impl Watch {
     /// If it is not there, or is no file that can be waited for.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
-        // SAFETY: a File has one descriptor, which stays open until it is dropped; and it is never taken out of the AsyncFd.
+        // SAFETY: a File has one descriptor, which stays open until it is dropped; and it is never taken out of the
+        // AsyncFd.
         Ok(Self(unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?))
     }
 

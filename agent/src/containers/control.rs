@@ -87,7 +87,8 @@ impl Containers {
         Ok(self.container(id)?.cgroup()?.stats()?)
     }
 
-    /// Waits until the kernel has killed more than `seen` processes of a container for want of memory. Returns how many.
+    /// Waits until the kernel has killed more than `seen` processes of a container for want of memory. Returns how
+    /// many.
     ///
     /// # Errors
     /// When the container has ended without.

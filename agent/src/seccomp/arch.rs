@@ -1,7 +1,7 @@
 //! The ways into an x86-64 kernel, and what number a system call has on each.
 //!
-//! The numbers are those of the crate `syscalls`, made from the kernel's own tables. x32 (64-bit registers, 32-bit pointers) has the
-//! numbers of x86-64 with one bit set, but for a few calls whose structures differ.
+//! The numbers are those of the crate `syscalls`, made from the kernel's own tables. x32 (64-bit registers, 32-bit
+//! pointers) has the numbers of x86-64 with one bit set, but for a few calls whose structures differ.
 
 use std::str::FromStr;
 
@@ -62,6 +62,20 @@ const X32_OWN: [&str; 36] = [
 ];
 /// The number of the first of them.
 const X32_FIRST: u32 = 512;
+/// The calls of x86-64 that x32 has not: those marked `64` in the same table, but for the ones above.
+const NOT_X32: [&str; 11] = [
+    "uselib",
+    "_sysctl",
+    "create_module",
+    "get_kernel_syms",
+    "query_module",
+    "nfsservctl",
+    "set_thread_area",
+    "get_thread_area",
+    "epoll_ctl_old",
+    "epoll_wait_old",
+    "vserver",
+];
 
 /// The calls that 32-bit programs may also reach through socketcall(2), from number 1 on: include/uapi/linux/net.h.
 const SOCKETCALLS: [&str; 20] = [
@@ -119,6 +133,7 @@ impl Architecture {
         match self {
             Self::X86_64 => native(),
             Self::X86 => x86::Sysno::from_str(name).ok().and_then(|call| u32::try_from(call.id()).ok()),
+            Self::X32 if NOT_X32.contains(&name) => None,
             Self::X32 => {
                 let own = (X32_FIRST..).zip(X32_OWN).find(|(_, own)| *own == name).map(|(number, _)| number);
                 own.or_else(native).map(|number| number | X32_BIT)
@@ -172,6 +187,7 @@ mod tests {
             (X32, "execve", Some(X32_BIT | 520)),
             (X32, "rt_sigaction", Some(X32_BIT | 512)),
             (X32, "pwritev2", Some(X32_BIT | 547)),
+            (X32, "set_thread_area", None),
             (X32, "nonsense", None),
         ] {
             assert_eq!(arch.number(name), number, "{arch:?} {name}");

@@ -18,7 +18,8 @@ pub(super) const JUMP_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
 pub(super) const JUMP_GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT | BPF_K
 pub(super) const JUMP_GREATER_OR_EQUAL: u16 = 0x35; // BPF_JMP | BPF_JGE | BPF_K
 
-/// How far a conditional jump may skip, less one: when both of its targets are too far, making the second nearer pushes the first away.
+/// How far a conditional jump may skip, less one: when both of its targets are too far, making the second nearer pushes
+/// the first away.
 const REACH: usize = u8::MAX as usize - 1;
 
 /// A place in the program: how many instructions there were when it was made, so counted from the end.
@@ -123,7 +124,8 @@ impl Assembler {
         next
     }
 
-    /// `code` compares the low halves; of the high halves a greater one decides, and only equal ones ask the low halves.
+    /// `code` compares the low halves; of the high halves a greater one decides, and only equal ones ask the low
+    /// halves.
     fn ordered(&mut self, argument: u8, code: u16, value: u64, narrow: bool, yes: Label, no: Label) -> Label {
         let low = self.jump(code, Half::Low.of(value), yes, no);
         let low = self.then(LOAD, Half::Low.offset(argument), low);

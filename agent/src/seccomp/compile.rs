@@ -1,7 +1,7 @@
 //! From a profile to the program.
 //!
-//! The kernel interprets it at each system call (unless it has found out that the call is always allowed), so the way to
-//! an answer is short: the numbers are put into ranges with the same outcome, and a binary search finds the range.
+//! The kernel interprets it at each system call (unless it has found out that the call is always allowed), so the way
+//! to an answer is short: the numbers are put into ranges with the same outcome, and a binary search finds the range.
 //! RuntimeDefault's 300 calls are some 60 ranges, so 6 comparisons.
 
 use std::collections::HashMap;

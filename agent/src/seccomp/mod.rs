@@ -14,11 +14,12 @@
 //!
 //! - x86-64 is always in the filter; calls through an architecture that is not are killed;
 //! - a name that an architecture does not have is skipped there;
-//! - of several rules for one call an unconditional one counts alone (the first of them); otherwise, if several hold for
-//!   the arguments, the strictest action does, in the kernel's own order of strictness;
-//! - conditions of one rule must all hold, unless two of them look at the same argument: then each is a rule of its own;
-//! - where the default is to refuse, calls that are newer than every call of the profile fail with ENOSYS, so that programs fall
-//!   back to older ones (a C library that meets EPERM would give up).
+//! - of several rules for one call an unconditional one counts alone (the first of them); otherwise, if several hold
+//!   for the arguments, the strictest action does, in the kernel's own order of strictness;
+//! - conditions of one rule must all hold, unless two of them look at the same argument: then each is a rule of its
+//!   own;
+//! - where the default is to refuse, calls that are newer than every call of the profile fail with ENOSYS, so that
+//!   programs fall back to older ones (a C library that meets EPERM would give up).
 
 pub mod arch;
 mod assemble;
@@ -29,7 +30,8 @@ use serde::{Deserialize, Serialize};
 
 use arch::Architecture;
 
-/// What the kernel does with a call: a SECCOMP_RET value of include/uapi/linux/seccomp.h with its data in the low 16 bits.
+/// What the kernel does with a call: a SECCOMP_RET value of include/uapi/linux/seccomp.h with its data in the low 16
+/// bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Action(pub u32);
 

@@ -103,8 +103,8 @@ fn action(field: &str, errno_field: &str, action: LinuxSeccompAction, errno: Opt
     }
 }
 
-/// The alternatives, each a list of conditions that must all hold. Like libseccomp's, a rule looks at an argument only once; where
-/// the specification does so twice, each condition stands for itself, as runc has it.
+/// The alternatives, each a list of conditions that must all hold. Like libseccomp's, a rule looks at an argument only
+/// once; where the specification does so twice, each condition stands for itself, as runc has it.
 fn conditions(field: &str, syscall: &LinuxSyscall) -> Result<Vec<Vec<Condition>>> {
     let mut all = Vec::new();
     for (index, arg) in syscall.args().iter().flatten().enumerate() {

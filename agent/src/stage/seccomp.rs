@@ -1,8 +1,8 @@
 //! Putting the container's system call filter in force.
 //!
-//! Where that happens depends on no_new_privs, as with runc: with it at the very end ([`super::program`]), where the profile need allow
-//! nothing but execve; without it the kernel wants CAP_SYS_ADMIN, so before capabilities are given up
-//! ([`super::identity`]).
+//! Where that happens depends on no_new_privs, as with runc: with it at the very end ([`super::program`]), where the
+//! profile need allow nothing but execve; without it the kernel wants CAP_SYS_ADMIN, so before capabilities are given
+//! up ([`super::identity`]).
 
 use crate::{
     plan::{Failure, FailureKind, ProcessPlan},

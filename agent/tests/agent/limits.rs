@@ -174,7 +174,10 @@ async fn devices_are_the_default_ones_and_the_allowed_ones() {
         (json!([deny, {"allow": true, "type": "b", "access": "rw"}]), ""),
         (json!([{"allow": true, "access": "rwm"}]), "read\nwrite\nboth\n"),
         (
-            json!([{"allow": true, "access": "rwm"}, {"allow": false, "type": "c", "major": 1, "minor": 11, "access": "w"}]),
+            json!([
+                {"allow": true, "access": "rwm"},
+                {"allow": false, "type": "c", "major": 1, "minor": 11, "access": "w"},
+            ]),
             "read\n",
         ),
     ] {

@@ -36,7 +36,8 @@ fn with_admin(mut spec: Value) -> Value {
 async fn the_profile_of_containerd_loads_and_holds() {
     let pod = Pod::start().await;
     let script = "mount -t tmpfs tmpfs /tmp && echo mounted; hostname changed && echo renamed; \
-                  awk '/^Seccomp/ {print}' /proc/self/status; yes | head -c 100000 | sha256sum | wc -l; (sleep 0; exit 3); exit $?";
+                  awk '/^Seccomp/ {print}' /proc/self/status; yes | head -c 100000 | sha256sum | wc -l; \
+                  (sleep 0; exit 3); exit $?";
     let free = pod.run(&with_admin(shell(script))).await;
     assert!(free.stdout.starts_with("mounted\nrenamed\nSeccomp:\t0\n"), "{free:?}");
     for no_new_privileges in [true, false] {
@@ -72,7 +73,6 @@ async fn an_exec_has_its_containers_filter() {
 #[tokio::test]
 async fn each_action_is_the_kernels() {
     let pod = Pod::start().await;
-    // setpriority with a value that says which rule is meant; busybox's nice needs no more.
     for (action, expected) in [
         ("SCMP_ACT_KILL", KILLED),
         ("SCMP_ACT_KILL_THREAD", KILLED),
@@ -83,11 +83,9 @@ async fn each_action_is_the_kernels() {
         ("SCMP_ACT_LOG", 0),
         ("SCMP_ACT_ALLOW", 0),
     ] {
-        let profile = json!({"defaultAction": "SCMP_ACT_LOG", "syscalls": [{"names": ["mkdir"], "action": action}]});
-        let mut profile = profile;
-        if action == "SCMP_ACT_LOG" {
-            profile["defaultAction"] = json!("SCMP_ACT_ALLOW");
-        }
+        // A rule that says what the default says would be none.
+        let default = if action == "SCMP_ACT_LOG" { "SCMP_ACT_ALLOW" } else { "SCMP_ACT_LOG" };
+        let profile = json!({"defaultAction": default, "syscalls": [{"names": ["mkdir"], "action": action}]});
         let output = pod.run(&with_profile(spec(&["mkdir", &format!("/tmp/{action}")]), profile)).await;
         assert_eq!(output.status, expected, "{action}: {output:?}");
     }
@@ -115,7 +113,8 @@ async fn with_no_new_privs_the_filter_comes_last_and_without_before_privileges_g
     let pod = Pod::start().await;
     // What only the stage does.
     let profile = allow_but(json!([
-        {"names": ["capset", "setgroups", "setgid", "sendmsg", "openat2", "close_range"], "action": "SCMP_ACT_KILL_PROCESS"},
+        {"names": ["capset", "setgroups", "setgid", "sendmsg", "openat2", "close_range"],
+         "action": "SCMP_ACT_KILL_PROCESS"},
     ]));
     let mut spec = with_profile(spec(&["true"]), profile);
     assert_eq!(pod.run(&spec).await.status, 0);
@@ -145,7 +144,8 @@ fn program(call: &[u8]) -> Vec<u8> {
     elf.extend(2u16.to_le_bytes()); // an executable
     elf.extend(62u16.to_le_bytes()); // for x86-64
     elf.extend(1u32.to_le_bytes());
-    [base + headers, 64, 0].iter().for_each(|word| elf.extend(word.to_le_bytes())); // entry, program header, no sections
+    // Entry, program header, no sections.
+    [base + headers, 64, 0].iter().for_each(|word| elf.extend(word.to_le_bytes()));
     elf.extend(0u32.to_le_bytes());
     [64u16, 56, 1, 0, 0, 0].iter().for_each(|half| elf.extend(half.to_le_bytes()));
     elf.extend(1u32.to_le_bytes()); // loaded

@@ -7,8 +7,8 @@ use super::{
     Limit, Need,
 };
 
-/// Files whose names begin like this belong to the cgroup itself. They move, stop and kill processes, or make the cgroup one that can
-/// hold none; only these are limits.
+/// Files whose names begin like this belong to the cgroup itself. They move, stop and kill processes, or make the
+/// cgroup one that can hold none; only these are limits.
 const CGROUP_LIMITS: [&str; 2] = ["cgroup.max.depth", "cgroup.max.descendants"];
 
 pub(super) fn limits(resources: &LinuxResources, limits: &mut Vec<Limit>) -> Result<()> {

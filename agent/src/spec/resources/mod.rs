@@ -1,7 +1,7 @@
 //! `linux.resources` as cgroup v2 files and rules for devices.
 //!
-//! The specification speaks cgroup v1; the conversions are the ones that runc documents in docs/cgroup-v2.md. What runc drops
-//! in silence on cgroup v2 is refused here where somebody could rely on it, and noted where nobody can.
+//! The specification speaks cgroup v1; the conversions are the ones that runc documents in docs/cgroup-v2.md. What runc
+//! drops in silence on cgroup v2 is refused here where somebody could rely on it, and noted where nobody can.
 //!
 //! - this file: processors, memory, processes;
 //! - [`io`]: block devices, huge pages, RDMA, and files by name;

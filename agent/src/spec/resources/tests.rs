@@ -23,7 +23,8 @@ fn expect(json: Value, expected: &[(&str, &str)]) {
 fn cgroup_v1_words_become_v2_files() {
     expect(
         json!({
-            "cpu": {"shares": 1024, "quota": 50000, "period": 200000, "burst": 1000, "idle": 0, "cpus": "0-1", "mems": "0"},
+            "cpu": {"shares": 1024, "quota": 50000, "period": 200000, "burst": 1000, "idle": 0,
+                    "cpus": "0-1", "mems": "0"},
             "memory": {"limit": 1000, "swap": 1500, "reservation": 500},
             "pids": {"limit": 42},
         }),
@@ -167,7 +168,10 @@ fn what_cgroup_v2_does_not_have_is_noted_or_refused_by_its_name() {
             "devices[1]",
         ),
         (
-            json!({"devices": [{"allow": true, "access": "rwm"}, {"allow": false, "type": "c", "major": 1, "access": "r"}]}),
+            json!({"devices": [
+                {"allow": true, "access": "rwm"},
+                {"allow": false, "type": "c", "major": 1, "access": "r"},
+            ]}),
             "devices",
         ),
     ] {
