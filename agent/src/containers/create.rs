@@ -22,7 +22,7 @@ use super::{
 use crate::{
     handshake::{AgentEnd, Reply},
     launch::PidNamespace,
-    lifecycle::Lifecycle,
+    lifecycle::{Lifecycle, Phase},
     plan::{HookPlan, InitPlan, NamespaceKind, Plan},
     spec::{self, Accepted, Answers, SpecError, namespaces::KINDS as NAMESPACE_KINDS, process::Inherited},
     stdio::{self, HostStreams},
@@ -149,6 +149,10 @@ impl Containers {
                 answers.ids = other.namespaces.ids.clone();
             }
             let in_state = |error| Error::State { who: join.container_id.clone(), error };
+            // Before, its process may still be in the agent's own namespaces.
+            if other.init.phase() == Phase::Creating {
+                return Err(in_state(other.init.wrong_state("created")));
+            }
             // A child that has not been reaped keeps its number.
             let pid = other.init.target().map_err(in_state)?;
             let path = format!("/proc/{pid}/ns/{}", kernel_name(kind));

@@ -40,6 +40,29 @@ fn what_containerd_always_says_is_accepted_and_noted() {
 }
 
 #[test]
+fn what_has_no_effect_is_noted_by_its_name() {
+    let mut spec = minimal();
+    spec["process"]["apparmorProfile"] = json!("x");
+    spec["process"]["selinuxLabel"] = json!("x");
+    spec["linux"]["mountLabel"] = json!("x");
+    spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "cgroup");
+    spec["mounts"] = json!([{"destination": "x/y", "type": "tmpfs"}]);
+    let accepted = container(spec.to_string().as_bytes(), &Answers::default()).unwrap();
+    assert_eq!(accepted.view.mounts[0].destination, PathBuf::from("/x/y"));
+    let names = [
+        "process.apparmorProfile",
+        "process.selinuxLabel",
+        "linux.mountLabel",
+        "linux.namespaces",
+        "mounts[0] (x/y).destination",
+    ];
+    assert_eq!(accepted.notes.len(), names.len(), "{:?}", accepted.notes);
+    for name in names {
+        assert!(accepted.notes.iter().any(|note| note.starts_with(name)), "{name}: {:?}", accepted.notes);
+    }
+}
+
+#[test]
 fn each_field_that_cannot_be_honoured_is_refused_by_its_name() {
     let mapping = json!([{"containerID": 0, "hostID": 1, "size": 1}]);
     let mount = |extra: Value| {

@@ -6,7 +6,7 @@ use caisson_protos::agent::{CreateRequest, JoinedNamespace};
 use serde_json::{Value, json};
 use ttrpc::Code;
 
-use crate::support::{Pod, exec_shell, read_all, request, shell, status};
+use crate::support::{Pod, exec_shell, read_all, request, shell, status, within};
 
 /// The first of the ids that a container's users are outside.
 const OUTSIDE: u32 = 100_000;
@@ -211,6 +211,31 @@ async fn what_cannot_be_joined_is_refused_by_name() {
     let joins = join(&mut spec, &["uts"], "first");
     let (code, message) = status(pod.create_request(CreateRequest { joins, ..request("second", &spec) }).await);
     assert!(code == Code::INVALID_ARGUMENT && message.contains("hostname"), "{message}");
+}
+
+#[tokio::test]
+async fn a_container_that_is_being_created_is_not_joined() {
+    let pod = Pod::start().await;
+    let mut first = shell("true");
+    // Until the test lets it go on, its process is not yet what it will be.
+    let script = "touch /tmp/waits; while [ ! -e /tmp/go ]; do sleep 0.01; done";
+    first["hooks"] =
+        json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"]}]});
+    let (waits, go) = (pod.rootfs().join("tmp/waits"), pod.rootfs().join("tmp/go"));
+    let join = async {
+        while !waits.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        let mut spec = shell("true");
+        let joins = join(&mut spec, &["pid"], "first");
+        let refused = status(pod.create_request(CreateRequest { joins, ..request("second", &spec) }).await);
+        fs::write(&go, "").unwrap();
+        refused
+    };
+    let (created, (code, message)) = tokio::join!(pod.create("first", &first, None), within("the hook to run", join));
+    created.unwrap();
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(message.contains("first: it is being created"), "{message}");
 }
 
 #[tokio::test]
