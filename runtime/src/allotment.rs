@@ -113,3 +113,63 @@ impl Allotment {
         self.cgroup.remove()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::cgroup::tests::Place;
+
+    fn allotment(place: &Place) -> Allotment {
+        let size = MachineSize { vcpus: 2, memory: 256 << 20 };
+        let overhead = Overhead { memory: 128 << 20, cpu_millis: 250 };
+        Allotment::new(size, overhead, &place.mount, &place.directory, &Asked::default()).unwrap()
+    }
+
+    #[test]
+    fn a_change_is_for_the_guest_in_its_own_numbers() {
+        let place = Place::new("change");
+        let allotment = allotment(&place);
+        let resources = json!({ "cpu": { "cpus": "6-7", "quota": 200_000 }, "memory": { "limit": 256 << 20 } });
+        let change = allotment.change(resources.to_string().as_bytes()).unwrap();
+        let mut guests = resources.clone();
+        guests["cpu"]["cpus"] = json!("0-1");
+        let request = change.request("one");
+        assert_eq!(request.container_id, "one");
+        assert_eq!(serde_json::from_slice::<Value>(&request.resources).unwrap(), guests);
+        let plain = br#" {"pids":{"limit":5}}"#;
+        assert_eq!(allotment.change(plain).unwrap().for_guest, plain, "as it came");
+    }
+
+    #[test]
+    fn a_change_beyond_the_machine_or_of_no_sense_is_refused_by_name() {
+        let place = Place::new("beyond");
+        let allotment = allotment(&place);
+        for (json, words) in [
+            (json!({ "memory": { "limit": 257 << 20 } }), ["linux.resources.memory.limit", "269484032", "256 MiB"]),
+            (json!({ "cpu": { "quota": 200_001 } }), ["linux.resources.cpu.quota", "200001", "(2)"]),
+            (json!({ "cpu": { "cpus": "two" } }), ["linux.resources.cpu.cpus", "\"two\"", "list"]),
+            (json!([1]), ["the resources are none", "", ""]),
+        ] {
+            let told = allotment.change(json.to_string().as_bytes()).unwrap_err().to_string();
+            assert!(words.iter().all(|word| told.contains(word)), "{words:?}: {told}");
+        }
+    }
+
+    #[test]
+    fn the_hosts_part_is_applied_to_the_pods_cgroup_which_goes_at_the_end() {
+        let place = Place::new("apply");
+        let allotment = allotment(&place);
+        let none = allotment.change(br#"{"memory":{"limit":-1},"pids":{"limit":-1},"cpu":{"quota":-1}}"#).unwrap();
+        allotment.apply(&none).expect("no limit needs no controller");
+        // Which controllers this machine has in version 2 differs; either the limit is there or the missing one is named.
+        let limits = allotment.change(br#"{"pids":{"limit":100}}"#).unwrap();
+        match allotment.apply(&limits) {
+            Ok(()) => assert_eq!(std::fs::read_to_string(place.path().join("pids.max")).unwrap(), "134\n"),
+            Err(error) => assert!(error.to_string().contains("no controller pids"), "{error}"),
+        }
+        allotment.end().unwrap();
+        assert!(!place.path().exists());
+    }
+}

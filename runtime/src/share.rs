@@ -342,6 +342,61 @@ mod tests {
         share.mount_rootfs("four", &[], &upper).expect("a refused one left nothing behind");
     }
     #[test]
+    fn a_root_without_layers_is_refused_and_an_empty_one_is_served() {
+        let state = tempfile::tempdir().unwrap();
+        let share = share(state.path());
+        for options in [vec![], vec!["lowerdir=".to_owned()], vec!["lowerdir=/no/such".to_owned()]] {
+            let overlay = Mount { kind: "overlay".into(), source: "overlay".into(), options: options.clone() };
+            let refused = share.mount_rootfs("one", &[overlay], Path::new("/none")).unwrap_err().to_string();
+            assert!(refused.contains("\"overlay\"") && refused.contains(&options.join(",")), "{refused}");
+            assert!(!share.shared.join("one").exists(), "nothing of it stays");
+        }
+        let nothing = Mount::default();
+        assert!(share.mount_rootfs("one", &[nothing], Path::new("/none")).is_err());
+        let empty = state.path().join("empty");
+        fs::create_dir(&empty).unwrap();
+        let bind = Mount { kind: "bind".into(), source: empty.display().to_string(), options: vec!["rbind".into()] };
+        let rootfs = share.mount_rootfs("one", &[bind], Path::new("/none")).unwrap();
+        assert_eq!(fs::read_dir(&rootfs.target).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn links_in_a_root_lead_the_shim_nowhere() {
+        let state = tempfile::tempdir().unwrap();
+        let share = share(state.path());
+        let (layer, outside) = (state.path().join("layer"), state.path().join("outside"));
+        for directory in [&layer, &outside] {
+            fs::create_dir(directory).unwrap();
+        }
+        fs::write(outside.join("kept"), "").unwrap();
+        // What a guest could hope that the shim mounts on, unmounts or removes by name.
+        for name in ["rootfs", "mounts", "0", "up"] {
+            std::os::unix::fs::symlink(&outside, layer.join(name)).unwrap();
+        }
+        let bind = Mount { kind: "bind".into(), source: layer.display().to_string(), options: vec!["rbind".into()] };
+        let rootfs = share.mount_rootfs("one", &[bind], Path::new("/none")).unwrap();
+        let spec = crate::spec::binds::Bind {
+            index: 0,
+            destination: "/rootfs/../up".into(),
+            source: outside.clone(),
+            recursive: true,
+            read_only: true,
+        };
+        let binds = share.mount_binds("one", crate::binds::open(&[spec]).unwrap()).unwrap();
+        assert!(share.shared.join("one/mounts/0/kept").exists());
+        // In the places that the shim uses by name nobody can put one: they are read-only for caisson-fsd.
+        for place in ["one", "one/mounts", "one/mounts/0", HOST_SHARE_DIRECTORY] {
+            let planted = share.view.join(place).join("planted");
+            let error = std::os::unix::fs::symlink(&outside, planted).expect_err(place);
+            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
+            assert!(fs::rename(share.view.join(place), share.view.join("away")).is_err(), "{place}");
+        }
+        drop((binds, rootfs));
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(&layer).unwrap().count(), 4);
+    }
+
+    #[test]
     fn an_overlay_of_more_layers_than_a_page_names() {
         let state = tempfile::tempdir().unwrap();
         let share = share(state.path());

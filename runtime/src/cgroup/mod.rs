@@ -273,4 +273,4 @@ fn is_populated(path: &Path) -> Result<bool, CgroupError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -12,13 +12,13 @@ use tokio::time::timeout;
 use super::*;
 
 /// A place of its own below the mount; removed with its parents at the end.
-struct Place {
-    mount: PathBuf,
-    directory: PathBuf,
+pub(crate) struct Place {
+    pub(crate) mount: PathBuf,
+    pub(crate) directory: PathBuf,
 }
 
 impl Place {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
         let mount = mounts.lines().find_map(|line| {
             let mut words = line.split(' ').skip(1);
@@ -28,7 +28,7 @@ impl Place {
         Self { mount, directory: format!("caisson-test-{}-{name}/parent/pod", id()).into() }
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.mount.join(&self.directory)
     }
 

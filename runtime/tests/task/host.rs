@@ -12,6 +12,7 @@ use containerd_shim_protos::{
     api::{CreateTaskRequest, ShutdownRequest},
     shim_async::TaskClient,
 };
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use ttrpc::{Code, asynchronous::Client};
@@ -58,7 +59,10 @@ async fn bind_mounts_are_there_before_the_agent_is_asked_and_go_with_the_contain
 #[tokio::test]
 async fn a_bind_mount_that_cannot_be_is_creates_error_and_leaves_nothing() {
     let bench = Bench::new().await;
-    for (source, words) in [("/no/such", "No such file"), ("/proc/sys", "is on proc"), ("/dev/kmsg", "device 1:11")] {
+    let disk = bench.directory().join("disk");
+    mknod(&disk, SFlag::S_IFBLK, Mode::S_IRWXU, makedev(7, 0)).unwrap();
+    let disk = disk.to_str().unwrap();
+    for (source, words) in [("/no/such", "No such file"), ("/proc/sys", "is on proc"), (disk, "device 7:0")] {
         let request = bench.request_with("one", &["sleep"], |spec| {
             spec["mounts"] = json!([{ "destination": "/d", "type": "bind", "source": source, "options": ["rbind"] }]);
         });
