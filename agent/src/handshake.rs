@@ -41,8 +41,8 @@ const SEEN: u8 = 2;
 /// What a stage says.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
-    /// The process with this number in the agent's pid namespace takes over. It is this stage's child until the agent has
-    /// said that it knows.
+    /// The process with this number in the agent's pid namespace takes over. It is this stage's child until the agent
+    /// has said that it knows.
     Born(i32),
     /// Prepared; the next is exec. A terminal's master side comes beside it.
     Ready,

@@ -107,8 +107,8 @@ impl NamespacePlan {
         self.makes(NamespaceKind::User) || self.joins(NamespaceKind::User)
     }
 
-    /// Whether the stage that was started is not yet the container's process: a user namespace must own the pid namespace,
-    /// and a time namespace holds from the next birth on.
+    /// Whether the stage that was started is not yet the container's process: a user namespace must own the pid
+    /// namespace, and a time namespace holds from the next birth on.
     pub fn needs_rebirth(&self) -> bool {
         self.has_users() || self.makes(NamespaceKind::Time)
     }

@@ -11,10 +11,15 @@ pub fn off() -> io::Error {
     if unsafe { libc::ioperm(POWER_PORT.into(), 1, 1) } != 0 {
         return io::Error::last_os_error();
     }
-    // SAFETY: the port was granted above; writing to it touches no memory, and the machine behind it is our own monitor,
-    // which ends here.
+    // SAFETY: the port was granted above; writing to it touches no memory, and the machine behind it is our own
+    // monitor, which ends here.
     unsafe {
-        core::arch::asm!("out dx, al", in("dx") POWER_PORT, in("al") POWER_OFF, options(nomem, nostack, preserves_flags));
+        core::arch::asm!(
+            "out dx, al",
+            in("dx") POWER_PORT,
+            in("al") POWER_OFF,
+            options(nomem, nostack, preserves_flags)
+        );
     }
     io::Error::new(io::ErrorKind::NotConnected, "nothing answers at the power port; this is no Caisson machine")
 }

@@ -1,4 +1,5 @@
-//! Resource limits of a process: set by its stage, or, where that is in a user namespace and may not raise any, by the agent.
+//! Resource limits of a process: set by its stage, or, where that is in a user namespace and may not raise any, by the
+//! agent.
 
 use oci_spec::runtime::PosixRlimitType as Type;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};

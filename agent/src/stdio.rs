@@ -31,8 +31,9 @@ use crate::{plan::UserPlan, transport::ByteStream};
 const SMALL_BUFFER: usize = 4 * 1024;
 /// As much as a pipe holds, for a stream that has filled the small one.
 const BUFFER: usize = 64 * 1024;
-/// After CloseStdin, input that is already on its way is taken until it has been silent this long. The call and the stream
-/// are two connections, so nothing but silence tells that all has come; the end of the stream itself needs no such wait.
+/// After CloseStdin, input that is already on its way is taken until it has been silent this long. The call and the
+/// stream are two connections, so nothing but silence tells that all has come; the end of the stream itself needs no
+/// such wait.
 const CLOSING_SILENCE: Duration = Duration::from_millis(100);
 /// How long the host has to close its side after the last byte of output.
 const LINGER: Duration = Duration::from_secs(10);

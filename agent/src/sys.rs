@@ -98,8 +98,8 @@ pub fn new_session_keyring() -> io::Result<()> {
 /// What clone(2) says.
 pub unsafe fn fork_into(namespaces: CloneFlags) -> io::Result<Option<i32>> {
     let flags = libc::c_long::from(namespaces.bits() | libc::SIGCHLD);
-    // SAFETY: without CLONE_VM and with no stack of its own the child goes on with a copy of everything, as after fork; no
-    // pointer is passed. The caller has one thread.
+    // SAFETY: without CLONE_VM and with no stack of its own the child goes on with a copy of everything, as after fork;
+    // no pointer is passed. The caller has one thread.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     checked(pid)?;
     Ok(i32::try_from(pid).ok().filter(|pid| *pid > 0))

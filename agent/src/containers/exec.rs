@@ -77,8 +77,8 @@ impl Containers {
         Ok(stage)
     }
 
-    /// Whoever waits for a process that could not be made must not wait for ever: if there is a process its end is told by
-    /// the reaper, otherwise here.
+    /// Whoever waits for a process that could not be made must not wait for ever: if there is a process its end is told
+    /// by the reaper, otherwise here.
     pub(super) fn abandon(process: &Process) {
         match process.target() {
             Ok(pid) => drop(sys::kill(pid, libc::SIGKILL)),

@@ -1,5 +1,5 @@
-//! What the agent does to a process from outside, with the rights of the guest's root, which a process in a user namespace
-//! has not.
+//! What the agent does to a process from outside, with the rights of the guest's root, which a process in a user
+//! namespace has not.
 
 use super::error::Result;
 use crate::{

@@ -1,8 +1,8 @@
 //! Hooks: programs that run while a container comes to life.
 //!
 //! `prestart`, `createRuntime`, `poststart` and `poststop` run on the host and are the shim's; they are accepted here and nothing
-//! is done about them. `createContainer` and `startContainer` run in the guest. It holds no program but the agent, so their paths
-//! are looked up in the container's own root file system.
+//! is done about them. `createContainer` and `startContainer` run in the guest. It holds no program but the agent, so
+//! their paths are looked up in the container's own root file system.
 
 use oci_spec::runtime::{Hook, Hooks};
 

@@ -1,7 +1,7 @@
 //! `linux.namespaces`, and what its user and time namespaces need: id mappings and clock offsets.
 //!
-//! A container has its own mount, pid, ipc and uts namespaces, or joins those of another container of its pod; its network
-//! is the pod's. What it would share with the host under runc it cannot share from inside a machine.
+//! A container has its own mount, pid, ipc and uts namespaces, or joins those of another container of its pod; its
+//! network is the pod's. What it would share with the host under runc it cannot share from inside a machine.
 
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType as Type};
 

@@ -1,7 +1,7 @@
 //! Mount options: from the words of mount(8), and the ones that runc adds, to what the kernel's mount calls take.
 //!
-//! A word is about the mount alone (`nosuid`), about it and everything below (`rnosuid`), about how changes spread (`rslave`), about
-//! the way of mounting (`rbind`, `tmpcopyup`, `idmap`), or an option of the file system.
+//! A word is about the mount alone (`nosuid`), about it and everything below (`rnosuid`), about how changes spread
+//! (`rslave`), about the way of mounting (`rbind`, `tmpcopyup`, `idmap`), or an option of the file system.
 
 use rustix::mount::MountAttrFlags as Attr;
 
@@ -169,8 +169,8 @@ impl Options {
         (Attributes { set: set & !read_only, clear: 0 }, set & read_only != 0)
     }
 
-    /// The changes to the copy of an existing mount: if any word is about it, then it has what the words say and nothing
-    /// else.
+    /// The changes to the copy of an existing mount: if any word is about it, then it has what the words say and
+    /// nothing else.
     pub(super) fn of_bind(&self) -> Attributes {
         if !self.named {
             return Attributes::default();

@@ -3,6 +3,8 @@
 //! oci-spec's own types spell some of the specification's flags otherwise than the specification, and check the
 //! affinity with a regular expression.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 
 use super::{Result, SpecError};
@@ -134,7 +136,8 @@ fn processors(text: &str) -> Option<Vec<usize>> {
         let digits = !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
         word.parse().ok().filter(|number: &usize| digits && *number < MAX_PROCESSORS)
     };
-    let mut all = Vec::new();
+    // Each once, however long the text.
+    let mut all = BTreeSet::new();
     for part in text.split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last) = (number(first)?, number(last)?);
@@ -143,7 +146,7 @@ fn processors(text: &str) -> Option<Vec<usize>> {
         }
         all.extend(first..=last);
     }
-    Some(all)
+    Some(all.into_iter().collect())
 }
 
 #[cfg(test)]
@@ -195,6 +198,7 @@ mod tests {
     #[test]
     fn processors_are_lists_of_ranges() {
         assert_eq!(processors("0-3,7"), Some(vec![0, 1, 2, 3, 7]));
+        assert_eq!(processors("3,0-1,1-3"), Some(vec![0, 1, 2, 3]));
         for bad in ["", ",", "1-", "-1", "2-1", "+1", "a", "1 ", "1024", "0-99999999999"] {
             assert_eq!(processors(bad), None, "{bad}");
         }

@@ -1,7 +1,8 @@
 //! From the agent's namespaces into the container's.
 //!
-//! What is joined is joined first, with the rights of the guest's root, whoever it belongs to; the user namespace comes last,
-//! and new namespaces after it, so that they belong to it. A pid namespace holds from birth on only, and so does a time namespace:
+//! What is joined is joined first, with the rights of the guest's root, whoever it belongs to; the user namespace comes
+//! last, and new namespaces after it, so that they belong to it. A pid namespace holds from birth on only, and so does
+//! a time namespace:
 //!
 //! ```text
 //!   no user or time namespace:   the agent starts the stage inside the pid namespace already

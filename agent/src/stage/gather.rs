@@ -1,7 +1,8 @@
-//! What a new container needs of the guest's side, taken while that is still in sight and with the rights of the guest's
-//! root: its root file system, the sources of its bind mounts, and what a user namespace cannot make itself.
+//! What a new container needs of the guest's side, taken while that is still in sight and with the rights of the
+//! guest's root: its root file system, the sources of its bind mounts, and what a user namespace cannot make itself.
 //!
-//! Everything becomes a detached mount behind a descriptor, with its attributes set. Nothing is looked up by name later.
+//! Everything becomes a detached mount behind a descriptor, with its attributes set. Nothing is looked up by name
+//! later.
 
 use std::{
     fs,

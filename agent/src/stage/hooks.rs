@@ -1,7 +1,8 @@
 //! Hooks: programs of the container's root file system that run before its own.
 //!
-//! The guest holds no program but the agent, so unlike with runc a hook comes from the image, and may do no more than the
-//! container: it is in its namespaces and cgroup, and what its processes cannot gain in capabilities it has not either.
+//! The guest holds no program but the agent, so unlike with runc a hook comes from the image, and may do no more than
+//! the container: it is in its namespaces and cgroup, and what its processes cannot gain in capabilities it has not
+//! either.
 
 use std::{
     fs::File,

@@ -123,7 +123,8 @@ impl Root {
         }
     }
 
-    /// Walks a path that does not exist as a whole. A link to nothing stands for what is made at its target, inside the root.
+    /// Walks a path that does not exist as a whole. A link to nothing stands for what is made at its target, inside the
+    /// root.
     fn make(&self, path: &Path, directory: bool) -> Result<OwnedFd> {
         let mut rest: VecDeque<OsString> = parts(path).collect();
         // Where the walk is, without links.

@@ -1,8 +1,8 @@
 //! The init stage: a fresh copy of the agent that turns itself into a container's process.
 //!
 //! The agent re-executes its own binary instead of forking, because code after a fork in a threaded process may meet
-//! a lock that nobody will ever release. The stage is already in the right pid namespace when it begins; the
-//! rest it does to itself:
+//! a lock that nobody will ever release. The stage, which has one thread, is already in the right pid namespace when it
+//! begins, unless the container has users or clocks of its own (birth.rs); the rest it does to itself:
 //!
 //! ```text
 //! Init                                             Exec

@@ -1,5 +1,5 @@
-//! The classic ways out of a container: races on mounts, links into /proc, consoles and devices that are something else.
-//! What concerns the agent's binary and descriptors is in `hostile.rs`.
+//! The classic ways out of a container: races on mounts, links into /proc, consoles and devices that are something
+//! else. What concerns the agent's binary and descriptors is in `hostile.rs`.
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 
