@@ -17,7 +17,7 @@ use containerd_shim_protos::{
     shim_async::{Task, create_task},
 };
 use protobuf::MessageField;
-use tokio::time::timeout;
+use tokio::{sync::oneshot, time::timeout};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::{errors::TaskError, events::timestamp, pod::Pod, tasks::Name};
@@ -62,7 +62,14 @@ impl Task for TaskService {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let (pod, name) = (Arc::clone(&self.pod), Name::new(&request.id, &request.exec_id));
-        detached(async move { pod.delete(&name).await }).await
+        let (answer, deleted) = oneshot::channel();
+        tokio::spawn(async move {
+            // Whoever asked would now ask for Shutdown. If he is gone (containerd was killed), nobody does.
+            if answer.send(pod.delete(&name).await).is_err() {
+                pod.shutdown(false).await;
+            }
+        });
+        Ok(deleted.await.unwrap_or_else(|_| Err(TaskError::internal("the request's task failed")))?)
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
@@ -105,6 +112,9 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        // A containerd that starts anew asks this of each shim that it finds, and ends one that refuses. A pod whose containerd
+        // died before Create has no other end.
+        self.pod.check_occupied()?;
         let (shim_pid, task_pid) = (std::process::id(), self.pod.pid(&request.id));
         Ok(ConnectResponse { shim_pid, task_pid, ..ConnectResponse::default() })
     }

@@ -173,6 +173,17 @@ impl Pod {
         self.tasks().pid(&Name::new(id, ""))
     }
 
+    /// Whether the pod has a container, be it one that is only being created.
+    ///
+    /// # Errors
+    /// NOT_FOUND if it has none.
+    pub fn check_occupied(&self) -> Result<(), TaskError> {
+        if self.tasks().is_empty() {
+            return Err(TaskError::not_found("the pod has no container"));
+        }
+        Ok(())
+    }
+
     /// Whether a process is there and has not ended.
     fn is_alive(&self, name: &Name) -> bool {
         self.tasks().entry(name).is_ok_and(|entry| entry.process.status() != Status::Stopped)

@@ -11,7 +11,7 @@ mod streams;
 
 use bench::{Bench, LIMIT, reader, refusal, within};
 use containerd_shim_protos::{
-    api::{CloseIORequest, ConnectRequest, PidsRequest, ResizePtyRequest, ShutdownRequest, Status},
+    api::{CloseIORequest, ConnectRequest, DeleteRequest, PidsRequest, ResizePtyRequest, ShutdownRequest, Status},
     shim::oci::ProcessDetails,
 };
 use protobuf::{Message, well_known_types::any::Any};
@@ -318,6 +318,7 @@ async fn shutdown_waits_for_the_last_container_and_then_ends_the_machine() {
 #[tokio::test]
 async fn both_names_of_the_service_are_served() {
     let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
     for service in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
         let mut request = ttrpc::proto::Request::new();
         request.service = service.into();
@@ -325,6 +326,43 @@ async fn both_names_of_the_service_are_served() {
         request.payload = ConnectRequest { id: "one".into(), ..ConnectRequest::default() }.write_to_bytes().unwrap();
         let response = timeout(LIMIT, bench.client.request(request)).await.expect("an answer").unwrap();
         let connected = containerd_shim_protos::api::ConnectResponse::parse_from_bytes(&response.payload).unwrap();
-        assert_eq!((connected.shim_pid, connected.task_pid), (std::process::id(), 0));
+        assert_eq!((connected.shim_pid, connected.task_pid), (std::process::id(), 4711));
     }
+}
+
+/// A containerd that starts anew ends the shim that refuses its first call.
+#[tokio::test]
+async fn a_pod_without_a_container_refuses_connect() {
+    let bench = Bench::new().await;
+    let connect = ConnectRequest { id: "one".into(), ..ConnectRequest::default() };
+    assert_eq!(refusal(bench.task.connect(within(), &connect).await).0, Code::NOT_FOUND);
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    assert_eq!(bench.task.connect(within(), &connect).await.unwrap().task_pid, 4711);
+    let other = ConnectRequest { id: "two".into(), ..ConnectRequest::default() };
+    assert_eq!(bench.task.connect(within(), &other).await.unwrap().task_pid, 0);
+    bench.delete("one", "").await.unwrap();
+    assert_eq!(refusal(bench.task.connect(within(), &connect).await).0, Code::NOT_FOUND);
+}
+
+/// containerd was killed between Delete and Shutdown.
+#[tokio::test]
+async fn a_deletion_whose_client_has_gone_ends_the_pod() {
+    let bench = Bench::new().await;
+    let mut request = bench.request("one", &["flood"]);
+    request.stdout = bench.fifo("out");
+    let _reader = OpenOptions::new().open_receiver(&request.stdout).unwrap();
+    bench.create(&request).await.unwrap();
+    bench.start("one", "").await.unwrap();
+    bench.kill("one", "", 9).await.unwrap();
+    bench.wait("one", "").await.unwrap();
+    let client = bench.connect().await;
+    // Output that nobody reads holds Delete up for a while.
+    let delete = tokio::spawn(async move {
+        let request = DeleteRequest { id: "one".into(), ..DeleteRequest::default() };
+        client.delete(within(), &request).await
+    });
+    let begun = async { while !refusal(bench.exec("one", "x", &["sleep"], "").await).1.contains("deleted") {} };
+    timeout(LIMIT, begun).await.expect("Delete begins");
+    delete.abort();
+    timeout(LIMIT, bench.pod.ended()).await.expect("the pod ends");
 }
