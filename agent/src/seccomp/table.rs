@@ -28,16 +28,15 @@ pub(super) struct Table {
 pub(super) fn table(profile: &Profile, arch: Architecture) -> Result<Table, CompileError> {
     let mut table = Table::default();
     for rule in &profile.rules {
-        let number = arch.number(&rule.name);
-        table.last = table.last.max(number);
+        let (number, other) = (arch.number(&rule.name), arch.multiplexed(&rule.name));
+        table.last = table.last.max(number).max(other.map(|other| other.number));
         if rule.action == profile.default {
             continue;
         }
         if let Some(number) = number {
             table.add(number, rule, rule.conditions.clone())?;
         }
-        if let Some(other) = arch.multiplexed(&rule.name) {
-            table.last = table.last.max(Some(other.number));
+        if let Some(other) = other {
             // Arguments lie behind a pointer there, where a filter cannot look. Whatever the conditions are, the
             // stricter reading is taken: refused altogether, or left to the default.
             if rule.conditions.is_empty() || !rule.action.is_lenient() {

@@ -283,6 +283,18 @@ fn a_newer_call_than_the_profile_knows_is_told_as_missing() {
     assert_eq!(at(&refusing, 436), Action::errno(38));
     assert_eq!(at(&profile(Action::KILL_PROCESS, vec![Architecture::X86_64]), 436), Action::errno(38));
     assert_eq!(at(&profile(Action::ALLOW, vec![Architecture::X86_64]), 436), Action::ALLOW);
+    // A call that shares a number counts with that, 117, also where its rule says no more than the default.
+    for action in [Action::ALLOW, Action::errno(1)] {
+        let shared = Profile {
+            default: Action::errno(1),
+            architectures: vec![Architecture::X86],
+            rules: vec![rule("read", Action::ALLOW, vec![]), rule("semop", action, vec![])],
+        };
+        let program = compile(&shared).unwrap();
+        let at = |number, first| interpret(&program, Call { number, arch: AUDIT_X86, args: [first, 0, 0, 0, 0, 0] }).0;
+        assert_eq!((at(41, 0), at(117, 1), at(117, 2)), (Action::errno(1), action, Action::errno(1)));
+        assert_eq!(at(118, 0), Action::errno(38));
+    }
     // Nobody has said which calls the profile's author knew.
     assert_eq!(at(&profile(Action::errno(1), vec![]), 436), Action::errno(1));
 }
