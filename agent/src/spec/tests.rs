@@ -1,3 +1,4 @@
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
@@ -147,4 +148,112 @@ proptest::proptest! {
     fn arbitrary_bytes_never_panic(json in proptest::collection::vec(proptest::num::u8::ANY, 0..256)) {
         let _ = container(&json, &Answers::default());
     }
+
+    #[test]
+    fn any_value_in_any_field_is_planned_or_refused(
+        changes in proptest::collection::vec((proptest::sample::select(FIELDS.to_vec()), any_json()), 1..4),
+    ) {
+        let mut spec = full();
+        for (pointer, value) in changes {
+            if let Some(place) = spec.pointer_mut(pointer) {
+                *place = value;
+            }
+        }
+        let binds = BTreeMap::from([(1, PathBuf::from("b"))]);
+        let _ = container(spec.to_string().as_bytes(), &Answers { binds, joins: vec![NamespaceKind::Uts], ..Answers::default() });
+    }
+}
+
+/// A specification with something in each field that is read here.
+fn full() -> Value {
+    let mut spec = minimal();
+    let map = json!([{"containerID": 0, "hostID": 5, "size": 10}]);
+    spec["mounts"] = json!([
+        {"destination": "/t", "type": "tmpfs", "source": "t", "options": ["rro", "size=1m", "tmpcopyup"]},
+        {"destination": "/b", "type": "bind", "source": "/h", "options": ["rbind", "ridmap", "rslave"], "uidMappings": map, "gidMappings": map},
+    ]);
+    spec["hooks"] = json!({"createContainer": [{"path": "/h", "args": ["h"], "env": ["A=1"], "timeout": 1}]});
+    spec["hostname"] = json!("h");
+    spec["process"]["scheduler"] = json!({"policy": "SCHED_FIFO", "priority": 1, "flags": ["SCHED_FLAG_RECLAIM"]});
+    spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_RT", "priority": 1});
+    spec["process"]["execCPUAffinity"] = json!({"initial": "0", "final": "1-2"});
+    spec["process"]["rlimits"] = json!([{"type": "RLIMIT_CPU", "soft": 1, "hard": 2}]);
+    spec["linux"]["namespaces"] = json!([
+        {"type": "pid"}, {"type": "ipc"}, {"type": "uts", "path": "/p"}, {"type": "mount"}, {"type": "network"},
+        {"type": "user"}, {"type": "time"},
+    ]);
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1, "nanosecs": 2}});
+    spec["linux"]["rootfsPropagation"] = json!("rslave");
+    spec["linux"]["personality"] = json!({"domain": "LINUX"});
+    spec
+}
+
+const FIELDS: [&str; 24] = [
+    "/mounts/0/destination",
+    "/mounts/0/type",
+    "/mounts/0/options/0",
+    "/mounts/0/options/1",
+    "/mounts/1/type",
+    "/mounts/1/options/1",
+    "/mounts/1/uidMappings/0/size",
+    "/mounts/1/gidMappings",
+    "/hooks/createContainer/0/path",
+    "/hooks/createContainer/0/timeout",
+    "/hooks/createContainer/0/env/0",
+    "/hostname",
+    "/process/scheduler/policy",
+    "/process/scheduler/priority",
+    "/process/ioPriority/priority",
+    "/process/execCPUAffinity/final",
+    "/process/rlimits/0/soft",
+    "/linux/namespaces/2/path",
+    "/linux/namespaces/5/type",
+    "/linux/uidMappings/0/hostID",
+    "/linux/gidMappings/0/containerID",
+    "/linux/timeOffsets/boottime/nanosecs",
+    "/linux/rootfsPropagation",
+    "/linux/personality/domain",
+];
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let words = [
+        "",
+        "/",
+        "/..",
+        "bind",
+        "rbind",
+        "idmap",
+        "tmpfs",
+        "proc",
+        "uts",
+        "user",
+        "shared",
+        "0-5",
+        "SCHED_DEADLINE",
+        "A=\0",
+    ];
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        proptest::sample::select(words.to_vec()).prop_map(Value::from),
+        any::<String>().prop_map(Value::from),
+        Just(json!([])),
+        Just(json!({})),
+    ]
+}
+
+#[test]
+fn the_full_specification_is_accepted_but_for_the_name_in_a_joined_namespace() {
+    let binds = BTreeMap::from([(1, PathBuf::from("b"))]);
+    let answers = Answers { binds, joins: vec![NamespaceKind::Uts], ..Answers::default() };
+    let mut spec = full();
+    assert_eq!(container(spec.to_string().as_bytes(), &answers).unwrap_err().field, "hostname");
+    spec["hostname"] = Value::Null;
+    let accepted = container(spec.to_string().as_bytes(), &answers).unwrap();
+    assert_eq!(accepted.namespaces.joined, [NamespaceKind::Uts]);
+    assert!(FIELDS.iter().all(|field| full().pointer(field).is_some()));
 }
