@@ -239,6 +239,19 @@ mod tests {
     }
 
     #[test]
+    fn what_has_no_effect_is_noted() {
+        let json = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "listenerPath": "/run/listener.sock",
+            "syscalls": [{"names": ["nonsense", "read"], "action": "SCMP_ACT_LOG"}],
+        });
+        let mut notes = Vec::new();
+        plan(&serde_json::from_value(json).unwrap(), &mut notes).unwrap();
+        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert!(notes[0].ends_with("skipped: nonsense") && notes[1].contains("listenerPath"), "{notes:?}");
+    }
+
+    #[test]
     fn two_conditions_on_one_argument_are_alternatives() {
         let args =
             json!([{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 2, "op": "SCMP_CMP_GT"}]);
