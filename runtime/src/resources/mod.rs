@@ -102,7 +102,7 @@ impl Asked {
         asked.read_memory(resources)?;
         // 0 is "not set", as runc has it.
         asked.pids = resources.pids().map(|pids| pids.limit()).filter(|limit| *limit != 0).map(Limit::of);
-        asked.read_block_io(resources);
+        asked.read_block_io(resources)?;
         asked.read_unified(resources)?;
         Ok(asked)
     }
@@ -148,9 +148,15 @@ impl Asked {
         Ok(())
     }
 
-    fn read_block_io(&mut self, resources: &LinuxResources) {
-        let Some(block) = resources.block_io() else { return };
+    fn read_block_io(&mut self, resources: &LinuxResources) -> Result<(), ResourceError> {
+        let Some(block) = resources.block_io() else { return Ok(()) };
         let field = |name: &str| format!("linux.resources.blockIO.{name}");
+        let leaf = block.leaf_weight().filter(|weight| *weight != 0).map(|weight| ("leafWeight", weight));
+        let mut leaves = block.weight_device().iter().flatten().filter_map(|device| device.leaf_weight());
+        if let Some((name, weight)) = leaf.or_else(|| leaves.next().map(|weight| ("weightDevice.leafWeight", weight))) {
+            let message = format!("{weight}: cgroup v2 has no such weight; remove it");
+            return Err(ResourceError::new(field(name), message));
+        }
         let mut add = |file: &str, line: String, name: &str| self.io.push((file.to_owned(), line, field(name)));
         if let Some(weight) = block.weight().filter(|weight| *weight != 0) {
             add("io.weight", format!("default {}", io_weight(weight)), "weight");
@@ -174,6 +180,7 @@ impl Asked {
                 add("io.max", format!("{}:{} {word}={rate}", device.major(), device.minor()), name);
             }
         }
+        Ok(())
     }
 
     fn read_unified(&mut self, resources: &LinuxResources) -> Result<(), ResourceError> {
@@ -288,6 +295,11 @@ pub(crate) mod tests {
             (json!({ "cpu": { "mems": "x" } }), "linux.resources.cpu.mems"),
             (json!({ "unified": { "cpu.max": "1 0" } }), "linux.resources.unified[\"cpu.max\"]"),
             (json!({ "unified": { "memory.max": "much" } }), "linux.resources.unified[\"memory.max\"]"),
+            (json!({ "blockIO": { "leafWeight": 10 } }), "linux.resources.blockIO.leafWeight"),
+            (
+                json!({ "blockIO": { "weightDevice": [{ "major": 8, "minor": 0, "leafWeight": 7 }] } }),
+                "linux.resources.blockIO.weightDevice.leafWeight",
+            ),
         ] {
             assert_eq!(asked(json).unwrap_err().field, field);
         }
