@@ -25,6 +25,8 @@ pub mod archive;
 pub mod bundle;
 pub mod containerd;
 pub mod disk;
+#[cfg(test)]
+mod documents;
 pub mod environment;
 pub mod host;
 pub mod leftovers;

@@ -63,6 +63,7 @@ fn process_of_root(host: &Host) {
     let given = Given::new(host, "root")
         .set("/hostname", json!("a-name.of-its-own"))
         .set("/process/noNewPrivileges", json!(false))
+        .set("/process/cwd", json!("/made/for/it"))
         .set("/process/oomScoreAdj", json!(-10))
         .set(
             "/process/capabilities",
