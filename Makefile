@@ -61,6 +61,10 @@ soak: suites ## The containerd and VM tests in every full size: takes hours wher
 	@CAISSON_FULL=1 tests/suite caisson-vm-tests 3600 --profile soak
 	@CAISSON_FULL=1 tests/suite caisson-e2e 20000 --profile soak
 
+.PHONY: containerd
+containerd: suites ## The containerd tests on Debian 13's containerd 1.7, unpacked beside; TESTS="lifecycle:: ..." for some of them
+	@CAISSON_CONTAINERD_DIR=$$(tests/containerd/get trixie) tests/suite caisson-e2e 2400 $(TESTS)
+
 .PHONY: install
 install: build image ## Install below PREFIX (/usr/local), with /etc/caisson/config.toml if there is none
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/caisson $(DESTDIR)$(SYSCONFDIR)/caisson
