@@ -20,7 +20,7 @@ NESTED := $(BIN)/nested-host
 .PHONY: help
 help: ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 .PHONY: demo
 demo: build image oci host ## Show real images running in microVMs on a private containerd
@@ -63,7 +63,7 @@ soak: suites ## The containerd and VM tests in every full size: takes hours wher
 
 .PHONY: containerd
 containerd: suites ## The containerd tests on Debian 13's containerd 1.7, unpacked beside; TESTS="lifecycle:: ..." for some of them
-	@CAISSON_CONTAINERD_DIR=$$(tests/containerd/get trixie) tests/suite caisson-e2e 2400 $(TESTS)
+	@directory=$$(tests/containerd/get trixie); CAISSON_CONTAINERD_DIR=$$directory tests/suite caisson-e2e 2400 $(TESTS)
 
 .PHONY: install
 install: build image ## Install below PREFIX (/usr/local), with /etc/caisson/config.toml if there is none
