@@ -108,7 +108,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let initramfs = host::open_initramfs(&config.initramfs)?;
     paths.create().map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
     let allotment = allot(config, paths, pod)?;
-    let procs = allotment.cgroup().procs()?;
+    let cgroup = allotment.cgroup().open()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
     let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
     let (guest_streams, monitors_streams) = packet::pair().map_err(system("make a socket pair"))?;
@@ -122,7 +122,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
 
     let image = format!("kernel {} and initramfs {}", config.kernel.display(), config.initramfs.display());
     let spawned_ns = now_ns();
-    let (vmm, control) = spawn_monitor(&config.monitor(), log, Some(procs.as_fd()))?;
+    let (vmm, control) = spawn_monitor(&config.monitor(), log, Some(cgroup.as_fd()))?;
     let MachineSize { vcpus, memory: size } = allotment.size();
     let machine = Machine {
         vcpus,
@@ -147,7 +147,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         arguments.extend(["--host-socket-fd", "5"]);
         descriptors.push((socket.as_fd(), 5));
     }
-    let fsd = Child::spawn_in(&config.file_server(), &arguments, &descriptors, log, Some(procs.as_fd()))?;
+    let fsd = Child::spawn_in(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
     record(paths, &vmm, &fsd)?;
     for child in [&vmm, &fsd] {
         // It may be refused to a shim of few rights; then the pod goes a little before its time.

@@ -16,6 +16,7 @@
 //! - [`packet`]: one packet with its descriptors on a SOCK_SEQPACKET socket.
 
 pub mod control;
+mod fork;
 pub mod machine;
 pub mod packet;
 pub mod process;

@@ -3,20 +3,24 @@
 
 use std::{
     ffi::OsStr,
+    fs::File,
     io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-        unix::process::{CommandExt, ExitStatusExt},
+        unix::process::ExitStatusExt,
     },
     path::{Path, PathBuf},
-    process::{Command, ExitStatus, Stdio},
+    process::ExitStatus,
 };
 
 use caisson_protos::monitor::CONTROL_FD;
 use nix::{libc, sys::signal::Signal, unistd::Pid};
 use tokio::io::Interest;
 
-use crate::packet;
+use crate::{
+    fork::{Program, duplicate},
+    packet,
+};
 
 /// A process that could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +81,7 @@ impl Child {
         Self::spawn_in(program, arguments, descriptors, log, None)
     }
 
-    /// The same in a cgroup from its first instruction on: `cgroup` is that cgroup's `cgroup.procs`, open for writing.
+    /// The same in a cgroup from its first instruction on: `cgroup` is that cgroup's directory.
     ///
     /// # Errors
     /// See [`SpawnError`].
@@ -89,55 +93,22 @@ impl Child {
         cgroup: Option<BorrowedFd<'_>>,
     ) -> Result<Self, SpawnError> {
         let prepare = |source| SpawnError::Prepare { program: program.to_owned(), source };
-        let parent = std::process::id();
-        let duplicate = |descriptor: BorrowedFd<'_>, floor| {
-            let copy = nix::fcntl::fcntl(descriptor, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(floor))
-                .map_err(|errno| prepare(errno.into()))?;
-            // SAFETY: fcntl has just made this descriptor for us.
-            Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-        };
-        // Copies above every target number, so that no dup2 below overwrites a source that is still to come.
+        // Copies above every target number, so that no dup2 in the child overwrites a source that is still to come.
         let floor = descriptors.iter().map(|(_, number)| number.saturating_add(1)).max().unwrap_or(3);
-        let cgroup = cgroup.map(|cgroup| duplicate(cgroup, floor)).transpose()?;
-        let mut sources = Vec::with_capacity(descriptors.len());
-        for (descriptor, number) in descriptors {
-            sources.push((duplicate(*descriptor, floor)?, *number));
+        let null = File::options().read(true).write(true).open("/dev/null").map_err(prepare)?;
+        let standard = [(null.as_fd(), 0), (null.as_fd(), 1), (log, 2)];
+        let mut copies = Vec::with_capacity(standard.len() + descriptors.len());
+        for (descriptor, number) in standard.iter().chain(descriptors) {
+            copies.push((duplicate(*descriptor, floor).map_err(prepare)?, *number));
         }
-        // The target numbers stay occupied until the child has its program: the standard library's own descriptor, by
-        // which the child reports a failed exec, must not get one of them.
-        let mut placeholders = Vec::new();
-        while let placeholder = duplicate(log, 3)?
-            && placeholder.as_raw_fd() < floor
-        {
-            placeholders.push(placeholder);
-        }
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
-        command.stderr(log.try_clone_to_owned().map_err(prepare)?);
-        // SAFETY: between fork and exec the closure makes only async-signal-safe calls (prctl, getppid, write, dup2) and
-        // allocates nothing: `sources` was built before.
-        unsafe {
-            command.pre_exec(move || {
-                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-                // The parent may have died before the line above took effect.
-                if nix::unistd::getppid().as_raw() as u32 != parent {
-                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
-                }
-                if let Some(cgroup) = &cgroup {
-                    // 0 is whoever writes it.
-                    nix::unistd::write(cgroup, b"0")?;
-                }
-                for (source, number) in &sources {
-                    if libc::dup2(source.as_raw_fd(), *number) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            });
-        }
-        let child = command.spawn().map_err(|source| SpawnError::Exec { program: program.to_owned(), source })?;
-        drop(placeholders);
-        let pid = Pid::from_raw(child.id().cast_signed());
+        let program_to_start = Program {
+            path: program,
+            arguments: arguments.iter().map(AsRef::as_ref).collect(),
+            descriptors: copies.iter().map(|(copy, number)| (copy.as_raw_fd(), *number)).collect(),
+            cgroup,
+        };
+        let started = program_to_start.start(floor);
+        let pid = started.map_err(|source| SpawnError::Exec { program: program.to_owned(), source })?;
         let pidfd = open_pidfd(pid).map_err(prepare)?;
         Ok(Self { pid, pidfd, reaped: None })
     }
@@ -269,6 +240,37 @@ mod tests {
         child.kill();
         let status = timeout(LIMIT, child.wait()).await.expect("it dies").unwrap();
         assert_eq!(status.signal(), Some(9));
+    }
+
+    #[tokio::test]
+    async fn a_child_has_the_standard_streams_that_it_should_and_the_parents_environment() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let script = "read x; echo \"$? $PATH\" >&3; echo lost; echo \"log $1\" >&2; trap - PIPE; kill -PIPE $$";
+        let (mut log, child_log) = UnixStream::pair().unwrap();
+        let (arguments, descriptors) = (["-c", script, "name", "an argument"], [(theirs.as_fd(), 3)]);
+        let mut child = Child::spawn(Path::new("/bin/sh"), &arguments, &descriptors, child_log.as_fd()).unwrap();
+        drop((theirs, child_log));
+        let mut text = String::new();
+        ours.read_to_string(&mut text).unwrap();
+        assert_eq!(text, format!("1 {}\n", std::env::var("PATH").unwrap()), "no input, the parent's PATH");
+        let status = timeout(LIMIT, child.wait()).await.expect("it ends").unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGPIPE), "which Rust's own processes ignore");
+        text.clear();
+        log.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "log an argument\n");
+    }
+
+    #[test]
+    fn what_cannot_be_run_leaves_no_process() {
+        for program in ["/no/such", "/etc/passwd", "/"] {
+            let refused = Child::spawn::<&str>(Path::new(program), &[], &[], null().as_fd()).unwrap_err();
+            assert!(matches!(refused, SpawnError::Exec { .. }), "{refused}");
+        }
+        let zero = Child::spawn(Path::new("/bin/true"), &["a\0b"], &[], null().as_fd()).unwrap_err();
+        assert!(zero.to_string().contains("/bin/true"), "{zero}");
+        // Of this thread: other tests have children of their own.
+        let children = std::fs::read_to_string("/proc/thread-self/children").unwrap();
+        assert_eq!(children, "");
     }
 
     #[test]

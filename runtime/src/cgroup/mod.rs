@@ -145,13 +145,12 @@ impl HostCgroup {
         &self.path
     }
 
-    /// The file by which a process that is about to run its program enters.
+    /// Its directory, open: where processes are born.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn procs(&self) -> Result<File, CgroupError> {
-        let file = self.path.join("cgroup.procs");
-        OpenOptions::new().write(true).open(&file).map_err(system("open", &file))
+    pub fn open(&self) -> Result<File, CgroupError> {
+        File::open(&self.path).map_err(system("open", &self.path))
     }
 
     /// Writes limits; the first that cannot be written ends it, those before it hold.

@@ -55,12 +55,12 @@ async fn a_process_is_in_it_from_its_first_instruction_and_it_goes_when_that_is_
     let cgroup = place.create(&[]).unwrap();
     assert_eq!(cgroup.path(), place.path());
     let output = tempfile::NamedTempFile::new().unwrap();
-    let (procs, log) = (cgroup.procs().unwrap(), output.reopen().unwrap());
+    let (born, log) = (cgroup.open().unwrap(), output.reopen().unwrap());
     let (ours, theirs) = UnixStream::pair().unwrap();
     let script = ["-c", "cat /proc/self/cgroup >&2; read line <&3"];
     let descriptors = [(theirs.as_fd(), 3)];
     let mut child =
-        Child::spawn_in(Path::new("/bin/sh"), &script, &descriptors, log.as_fd(), Some(procs.as_fd())).unwrap();
+        Child::spawn_in(Path::new("/bin/sh"), &script, &descriptors, log.as_fd(), Some(born.as_fd())).unwrap();
     drop(theirs);
     let inside = fs::read_to_string(place.path().join("cgroup.procs")).unwrap();
     assert!(inside.lines().any(|pid| pid == child.pid().to_string()), "{inside}");

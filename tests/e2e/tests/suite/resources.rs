@@ -79,6 +79,7 @@ fn limits_make_the_machine(host: &Host) {
         let memory = lines.next().and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
         (processors, memory.expect("an amount of memory") / 1024)
     };
+    host.configure(&host.configuration().set("memory_mib", "256").to_text());
     let (processors, memory) = size(&host.container("default").sh(look).succeeded());
     assert!(processors == 1 && (180..=256).contains(&memory), "{processors} processors, {memory} MiB");
     let limited = host.container("limited").flag("--memory-limit").flag((448 * MIB).to_string());
