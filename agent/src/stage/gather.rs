@@ -6,7 +6,10 @@
 
 use std::{
     fs,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::chown,
+    },
     path::Path,
 };
 
@@ -18,7 +21,7 @@ use rustix::{
 
 use super::{birth, inroot::find_beneath, mounts};
 use crate::{
-    plan::{DeviceKind, DevicePlan, Failure, FailureKind, InitPlan, MountPlan, MountSource, Trying},
+    plan::{DeviceKind, DevicePlan, Failure, FailureKind, InitPlan, MountPlan, MountSource, NamespaceKind, Trying},
     sys,
 };
 
@@ -48,6 +51,7 @@ pub(super) fn gather(plan: &InitPlan) -> Result<Gathered, Failure> {
         DeviceKind::Char | DeviceKind::Block if has_users => guest_device(device).map(Some),
         _ => Ok(None),
     });
+    delegate(plan)?;
     if has_users {
         // The pod's network is not the user namespace's to set.
         for (path, value) in plan.view.sysctl.iter().filter(|(path, _)| path.starts_with("net")) {
@@ -64,6 +68,30 @@ pub(super) fn gather(plan: &InitPlan) -> Result<Gathered, Failure> {
         null: device_at(Path::new("/dev/null"), FileType::CharacterDevice, (1, 3))
             .trying(|| "take the guest's /dev/null".into())?,
     })
+}
+
+/// Who can write to the container's cgroup from inside shall own it: what the kernel lists as safe to hand over, as runc
+/// does.
+fn delegate(plan: &InitPlan) -> Result<(), Failure> {
+    let writable = plan.view.mounts.iter().any(|mount| match &mount.source {
+        MountSource::FileSystem { fs_type, .. } => {
+            fs_type == "cgroup2" && !mount.read_only && mount.destination == Path::new("/sys/fs/cgroup")
+        }
+        MountSource::Bind { .. } => false,
+    });
+    let owner = plan.namespaces.ids.uid(plan.process.user.uid).filter(|uid| *uid != 0);
+    let (Some(owner), true, true) = (owner, writable, plan.namespaces.makes(NamespaceKind::Cgroup)) else {
+        return Ok(());
+    };
+    let own = |path: &Path| match chown(path, Some(owner), None) {
+        // A file of a controller that is not there.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        result => result.trying(|| format!("give {} to user {owner}", path.display())),
+    };
+    let files =
+        fs::read_to_string("/sys/kernel/cgroup/delegate").trying(|| "read what a cgroup can hand over".into())?;
+    own(&plan.cgroup)?;
+    files.lines().try_for_each(|file| own(&plan.cgroup.join(file)))
 }
 
 fn root(share: BorrowedFd<'_>, plan: &InitPlan) -> Result<OwnedFd, Failure> {

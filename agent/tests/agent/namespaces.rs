@@ -110,6 +110,24 @@ async fn a_container_with_users_has_its_terminal_as_console() {
 }
 
 #[tokio::test]
+async fn a_cgroup_that_can_be_written_belongs_to_the_containers_user() {
+    let pod = pod_of_users().await;
+    let script = "mkdir /sys/fs/cgroup/inner && echo $$ > /sys/fs/cgroup/inner/cgroup.procs && cat /proc/self/cgroup | grep 0:: ; \
+                  stat -c %u /sys/fs/cgroup /sys/fs/cgroup/cgroup.procs /sys/fs/cgroup/cgroup.type";
+    for (options, expected) in [(&["rw"][..], "0::/inner\n0\n0\n65534\n"), (&["ro"], "65534\n65534\n65534\n")] {
+        let mut spec = shell(script);
+        with_users(&mut spec);
+        spec["mounts"]
+            .as_array_mut()
+            .unwrap()
+            .push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options}));
+        let output = pod.run(&spec).await;
+        assert_eq!(output.stdout, expected, "{options:?}: {output:?}");
+    }
+    pod.assert_empty();
+}
+
+#[tokio::test]
 async fn settings_of_the_pods_network_and_of_its_own_ipc_are_made_for_a_container_with_users() {
     let pod = pod_of_users().await;
     let mut spec = shell("cat /proc/sys/kernel/shmmni /proc/sys/net/ipv4/ip_default_ttl");
