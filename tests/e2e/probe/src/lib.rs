@@ -36,7 +36,8 @@ pub struct Report {
     pub devices: BTreeMap<String, Node>,
     /// The answer to each `look=PATH`, by path.
     pub looks: BTreeMap<String, Look>,
-    /// The answer to each `write=PATH`, by path: opened for writing and closed, or for a directory a file made and removed.
+    /// The answer to each `write=PATH`, by path: opened for writing and closed, or for a directory a file made and
+    /// removed.
     pub writes: BTreeMap<String, Outcome>,
     /// The answer to each `node=KIND:MAJOR:MINOR`, by that text.
     pub nodes: BTreeMap<String, Access>,
@@ -183,7 +184,8 @@ pub enum Look {
         /// The names.
         names: Result<Vec<String>, i32>,
     },
-    /// Anything else, and its first 64 KiB as text, or why it cannot be read. Of a device nothing is read; opening it is enough.
+    /// Anything else, and its first 64 KiB as text, or why it cannot be read. Of a device nothing is read; opening it is
+    /// enough.
     File {
         /// Permission bits.
         mode: u32,

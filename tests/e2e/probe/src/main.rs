@@ -2,7 +2,8 @@
 //! reports what it sees of the container.
 //!
 //! ```text
-//! probe report [WORD...]              JSON (see the library); words: look=PATH write=PATH node=KIND:MAJOR:MINOR call=NUMBER:ARGUMENT...
+//! probe report [WORD...]              JSON (see the library); words are look=PATH, write=PATH, node=KIND:MAJOR:MINOR,
+//!                                     call=NUMBER:ARGUMENT...
 //! probe call NUMBER:ARGUMENT...       one system call (started by `report`)
 //! probe hook FILE NAME                stands in for a hook's program
 //! probe files DIRECTORY COUNT MIB     every check on files; prints `ok NAME` for each, fails at the first that fails

@@ -197,7 +197,9 @@ impl Stream {
 
 /// A specification as containerd writes them by default.
 pub fn usual() -> Value {
-    let mount = |destination: &str, kind: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": kind, "options": options });
+    let mount = |destination: &str, kind: &str, options: &[&str]| -> Value {
+        json!({ "destination": destination, "type": kind, "source": kind, "options": options })
+    };
     let kinds = ["pid", "ipc", "uts", "mount", "network", "cgroup"];
     let namespaces: Vec<Value> = kinds.iter().map(|kind| json!({ "type": kind })).collect();
     json!({

@@ -26,7 +26,8 @@ pub use questions::questions;
 /// A field and what is wrong with it.
 pub type Difference = String;
 
-/// Everything in `spec` that the report can tell about and that is not so. What is newer than runc's 1.1 is left to the test.
+/// Everything in `spec` that the report can tell about and that is not so. What is newer than runc's 1.1 is left to the
+/// test.
 pub fn differences(spec: &Value, report: &Report) -> Vec<Difference> {
     let mut found = Vec::new();
     process::compare(&spec["process"], report, &mut found);

@@ -13,8 +13,8 @@ const USUAL_UMASK: u32 = 0o022;
 /// The last of the descriptors that every process has.
 const STANDARD_ERROR: u32 = 2;
 
-/// The signals that programs use (1 to 31, as bits 0 to 30), without the one that Rust's own runtime ignores before `main`
-/// (SIGPIPE). What lies above is the C library's, whose first numbers Go programs hand down ignored.
+/// The signals that programs use (1 to 31, as bits 0 to 30), without the one that Rust's own runtime ignores before
+/// `main` (SIGPIPE). What lies above is the C library's, whose first numbers Go programs hand down ignored.
 const SIGNALS: u64 = 0x7fff_ffff & !(1 << (libc::SIGPIPE - 1));
 
 pub(super) fn compare(asked: &Value, report: &Report, found: &mut Vec<Difference>) {
@@ -69,7 +69,8 @@ fn capabilities(asked: &Value, report: &Report, found: &mut Vec<Difference>) {
         texts(&asked["capabilities"][name]).into_iter().map(str::to_owned).collect()
     };
     let root = asked["user"]["uid"].as_u64() == Some(0);
-    // exec computes these two anew (capabilities(7)): for root from the bounding and inheritable sets, for others from the ambient.
+    // exec computes these two anew (capabilities(7)): for root from the bounding and inheritable sets, for others from
+    // the ambient.
     let after_exec = if root { set("bounding").union(&set("inheritable")).cloned().collect() } else { set("ambient") };
     let seen = &report.capabilities;
     let sets = [

@@ -1,4 +1,5 @@
-//! `linux.resources` and `linux.sysctl` against the report: the container's own cgroup v2 files, as it sees them at /sys/fs/cgroup.
+//! `linux.resources` and `linux.sysctl` against the report: the container's own cgroup v2 files, as it sees them at
+//! /sys/fs/cgroup.
 
 use caisson_e2e_probe::{Look, Report};
 use serde_json::Value;
@@ -19,7 +20,8 @@ enum Wanted {
     Row { first: String, words: Vec<String> },
 }
 
-/// What the container's files must say after these limits; the conversions are those of the kernel's cgroup v2 guide and of runc.
+/// What the container's files must say after these limits; the conversions are those of the kernel's cgroup v2 guide and
+/// of runc.
 pub(super) fn files(resources: &Value) -> Vec<File> {
     let mut files = Vec::new();
     let mut text = |field: &str, file: &str, value: Option<String>| {

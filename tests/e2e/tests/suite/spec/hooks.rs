@@ -13,7 +13,10 @@ fn hooks(host: &Host) {
     let file_text = file.to_string_lossy();
     let program = bin_dir().join("caisson-e2e-probe");
     // Arguments begin with the program's own name, which is not its path's to say.
-    let on_host = |name: &str| json!([{ "path": program, "args": ["hook", "hook", file_text, name], "env": [format!("NAME={name}")], "timeout": 60 }]);
+    let on_host = |name: &str| -> Value {
+        let (args, env) = (["hook", "hook", &*file_text, name], [format!("NAME={name}")]);
+        json!([{ "path": program, "args": args, "env": env, "timeout": 60 }])
+    };
     let inside = json!([{ "path": "/bin/probe", "args": ["probe", "hook", "/hooks", "startContainer"] }]);
     let root = given.root.clone();
     let given = given

@@ -43,7 +43,9 @@ fn seccomp_profile(host: &Host) {
             rule(&["sethostname"], "SCMP_ACT_LOG", None, &[]),
             rule(&["setdomainname"], "SCMP_ACT_TRACE", Some(libc::EDOM), &[]),
             rule(&["personality"], "SCMP_ACT_ERRNO", Some(libc::ENOTTY), &[compare(EXACT, 0, "SCMP_CMP_EQ")]),
-            rule(&["personality"], "SCMP_ACT_ERRNO", Some(libc::ENOTEMPTY), &[compare(0xf_0000, 0x5_0000, "SCMP_CMP_MASKED_EQ")]),
+            rule(&["personality"], "SCMP_ACT_ERRNO", Some(libc::ENOTEMPTY), &[
+                compare(0xf_0000, 0x5_0000, "SCMP_CMP_MASKED_EQ"),
+            ]),
             // The comparisons are unsigned and of 64 bits.
             rule(&["getpgid"], "SCMP_ACT_ERRNO", Some(101), &[compare(5, 0, "SCMP_CMP_LT")]),
             rule(&["sched_getscheduler"], "SCMP_ACT_ERRNO", Some(102), &[compare(5, 0, "SCMP_CMP_LE")]),
