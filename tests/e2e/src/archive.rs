@@ -53,6 +53,20 @@ pub fn with_program(base: &Path, program: &Path, path: &str, name: &str, out: &P
     write(&files, out);
 }
 
+/// Unpacks the layers of the archive `image` into `directory`.
+///
+/// # Panics
+/// If `image` is not an OCI archive of one image.
+pub fn unpack(image: &Path, directory: &Path) {
+    let files = read(image);
+    let index: Value = parse(&files, "index.json");
+    let manifest: Value = parse(&files, &blob_of(&index["manifests"][0]));
+    for layer in manifest["layers"].as_array().expect("the archive is an OCI image") {
+        let layer = &files[&blob_of(layer)];
+        tar::Archive::new(layer.as_slice()).unpack(directory).expect("the test's directory takes files");
+    }
+}
+
 fn push(list: &mut Value, item: Value) {
     list.as_array_mut().expect("the base is an OCI image").push(item);
 }

@@ -18,7 +18,8 @@ use containerd_shim_protos::api;
 use serde_json::{Value, json};
 
 use crate::{
-    Finished, Host, Runtime, environment,
+    Finished, Host, Runtime, archive, environment,
+    events::Recorder,
     process::{Capture, Running},
     shim::Shim,
     wait::{STEP, until},
@@ -33,6 +34,8 @@ pub struct Bundle<'a> {
     pub directory: PathBuf,
     /// What the shim has logged.
     pub log: Capture,
+    /// Where the shim sends its events.
+    events: PathBuf,
 }
 
 /// The least specification that runs `arguments`, for a test to spoil.
@@ -59,7 +62,21 @@ impl<'a> Bundle<'a> {
         fifo(&log);
         // Open at both ends, so that neither the shim's open nor this one waits for the other.
         let reader = File::options().read(true).write(true).open(&log).expect("the FIFO opens");
-        Self { host, id, directory, log: Capture::of(reader) }
+        let events = PathBuf::from(format!("{}.ttrpc", host.containerd.socket().display()));
+        Self { host, id, directory, log: Capture::of(reader), events }
+    }
+
+    /// Has the shim send its events to `recorder` instead of containerd.
+    pub fn with_events(mut self, recorder: &Recorder) -> Self {
+        self.events = recorder.socket().to_owned();
+        self
+    }
+
+    /// A root file system of its own with busybox in it, as Create wants it.
+    pub fn busybox_root(&self) -> Vec<api::Mount> {
+        let root = self.directory.join("busybox");
+        archive::unpack(&environment::oci_dir().join("busybox.tar"), &root);
+        vec![bind(&root)]
     }
 
     fn shim_command(&self) -> Command {
@@ -70,7 +87,7 @@ impl<'a> Bundle<'a> {
         let socket = self.host.containerd.socket();
         let mut command = Command::new(program);
         command.current_dir(&self.directory);
-        command.env("TTRPC_ADDRESS", format!("{}.ttrpc", socket.display()));
+        command.env("TTRPC_ADDRESS", &self.events);
         command.env("CAISSON_CONFIG", self.host.directory().join("caisson.toml"));
         command.args(["-namespace", self.host.namespace(), "-id", &self.id, "-publish-binary", "containerd"]);
         command.arg("-address").arg(socket);

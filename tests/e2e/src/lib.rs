@@ -24,10 +24,12 @@
 pub mod archive;
 pub mod bundle;
 pub mod containerd;
+pub mod direct;
 pub mod disk;
 #[cfg(test)]
 mod documents;
 pub mod environment;
+pub mod events;
 pub mod host;
 pub mod leftovers;
 pub mod pod;
@@ -35,6 +37,7 @@ pub mod process;
 pub mod shim;
 pub mod sizes;
 pub mod spec;
+pub mod task;
 pub mod terminal;
 pub mod wait;
 

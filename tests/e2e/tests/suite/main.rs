@@ -1,12 +1,14 @@
 //! The end-to-end tests: pods on a real containerd. See the library of this crate for what they stand on.
 
 mod bad_input;
+mod calls;
 mod crash;
 mod files;
 mod images;
 mod isolation;
 mod lifecycle;
 mod many;
+mod refusals;
 mod resources;
 mod spec;
 mod streams;
