@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 pub const GUEST_CID: u64 = 3;
 /// Guest port on which the agent serves ttrpc.
 pub const AGENT_PORT: u32 = 1024;
-/// Guest port on which the agent takes streams for standard descriptors. The agent must accept only from the host (CID 2).
+/// Guest port on which the agent takes streams for standard descriptors. The agent must accept only from the host (CID
+/// 2).
 pub const STDIO_PORT: u32 = 1025;
 /// Host port to which the agent connects once, when everything above listens, to send [`Ready`].
 pub const READY_PORT: u32 = 1024;
@@ -23,8 +24,8 @@ pub const SHARE_TAG: &str = "caisson";
 /// Where the agent mounts the shared directory. A container's root lies at `<SHARE_MOUNT>/<CreateRequest.rootfs>`.
 pub const SHARE_MOUNT: &str = "/run/caisson/shared";
 
-/// The virtio-fs tag of the same directory once more, there if the pod has bind mounts: the guest trusts no cache for what it reaches
-/// by this one, because the host's processes change it, too.
+/// The virtio-fs tag of the same directory once more, there if the pod has bind mounts: the guest trusts no cache for
+/// what it reaches by this one, because the host's processes change it, too.
 pub const HOST_SHARE_TAG: &str = "caisson-host";
 /// Where the agent mounts that, below [`SHARE_MOUNT`]. No container's directory has this name.
 pub const HOST_SHARE_DIRECTORY: &str = ".host";

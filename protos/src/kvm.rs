@@ -1,5 +1,5 @@
-//! What the host's KVM must be able to do: the shim asks before it starts a machine, the monitor when it builds one. One list, so
-//! that the first never promises what the second then lacks.
+//! What the host's KVM must be able to do: the shim asks before it starts a machine, the monitor when it builds one.
+//! One list, so that the first never promises what the second then lacks.
 
 /// The API's version, the same since Linux 2.6.22 (KVM_API_VERSION in linux/kvm.h).
 pub const API_VERSION: i32 = 12;

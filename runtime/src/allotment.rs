@@ -1,5 +1,5 @@
-//! What a pod has of its host: a machine of a size that does not change, and a cgroup. Made before the machine is launched, gone when
-//! the pod is.
+//! What a pod has of its host: a machine of a size that does not change, and a cgroup. Made before the machine is
+//! launched, gone when the pod is.
 
 use std::path::Path;
 
@@ -57,7 +57,8 @@ impl Change {
 }
 
 impl Allotment {
-    /// Makes the cgroup at `directory` below the hierarchy at `mount`, for a machine of this size and with the limits that are asked.
+    /// Makes the cgroup at `directory` below the hierarchy at `mount`, for a machine of this size and with the limits
+    /// that are asked.
     ///
     /// # Errors
     /// See [`CgroupError`].
@@ -82,8 +83,8 @@ impl Allotment {
         &self.cgroup
     }
 
-    /// Reads changed limits (a `linux.resources` object as JSON), as Task.Update gets them. Nothing is changed yet: the agent's part
-    /// comes first, because it is the one that may refuse, then [`Self::apply`].
+    /// Reads changed limits (a `linux.resources` object as JSON), as Task.Update gets them. Nothing is changed yet: the
+    /// agent's part comes first, because it is the one that may refuse, then [`Self::apply`].
     ///
     /// # Errors
     /// [`AllotmentError`] names the field, the value and the machine's size.
@@ -163,7 +164,8 @@ mod tests {
         let allotment = allotment(&place);
         let none = allotment.change(br#"{"memory":{"limit":-1},"pids":{"limit":-1},"cpu":{"quota":-1}}"#).unwrap();
         allotment.apply(&none).expect("no limit needs no controller");
-        // Which controllers this machine has in version 2 differs; either the limit is there or the missing one is named.
+        // Which controllers this machine has in version 2 differs; either the limit is there or the missing one is
+        // named.
         let limits = allotment.change(br#"{"pids":{"limit":100}}"#).unwrap();
         match allotment.apply(&limits) {
             Ok(()) => assert_eq!(std::fs::read_to_string(place.path().join("pids.max")).unwrap(), "134\n"),

@@ -1,6 +1,7 @@
-//! Sources of bind mounts: opened in the host's view ([`crate::host_view`]), looked at, and copied as mounts of their own that nobody
-//! has seen yet. On the copy nothing runs, opens as a device or has its set-id bits, and a read-only one is read-only with all
-//! below it, for caisson-fsd as for everybody: whatever a guest does, the host's kernel does not write there.
+//! Sources of bind mounts: opened in the host's view ([`crate::host_view`]), looked at, and copied as mounts of their
+//! own that nobody has seen yet. On the copy nothing runs, opens as a device or has its set-id bits, and a read-only
+//! one is read-only with all below it, for caisson-fsd as for everybody: whatever a guest does, the host's kernel does
+//! not write there.
 //!
 //! What comes later on the host's side (a mount below the source) does not reach the copy.
 
@@ -25,8 +26,8 @@ use crate::{
     spec::{binds::Bind, devices::is_guests_own},
 };
 
-/// File systems that are windows into the host's kernel: names in mountinfo, and numbers (linux/magic.h) where they can be a
-/// source by themselves.
+/// File systems that are windows into the host's kernel: names in mountinfo, and numbers (linux/magic.h) where they can
+/// be a source by themselves.
 const KERNELS: [(&str, u32); 22] = [
     ("proc", 0x9fa0),
     ("sysfs", 0x6265_6572),

@@ -1,6 +1,6 @@
-//! Runs hooks on the host: in the host's mount namespace with the bundle as the working directory, as runc runs them, the container's
-//! state as JSON on standard input. Input and output are files in memory, so that no hook waits for the shim or the shim for
-//! what a hook has left running.
+//! Runs hooks on the host: in the host's mount namespace with the bundle as the working directory, as runc runs them,
+//! the container's state as JSON on standard input. Input and output are files in memory, so that no hook waits for the
+//! shim or the shim for what a hook has left running.
 
 use std::{
     ffi::CString,

@@ -1,6 +1,6 @@
-//! The host's mount namespace, from inside the shim's own ([`crate::share`]). What the specification names on the host (sources of
-//! bind mounts, hooks) is looked up there: the shim's own namespace shows the same, and the pod's mounts besides, which a container
-//! must not reach by a name.
+//! The host's mount namespace, from inside the shim's own ([`crate::share`]). What the specification names on the host
+//! (sources of bind mounts, hooks) is looked up there: the shim's own namespace shows the same, and the pod's mounts
+//! besides, which a container must not reach by a name.
 
 use std::{
     fs::File,
@@ -31,7 +31,8 @@ impl HostView {
         Ok(Self { namespace: Arc::new(File::open("/proc/thread-self/ns/mnt")?) })
     }
 
-    /// Runs `work` on a thread of its own in the host's mount namespace. It may wait for the host's file systems as long as they like.
+    /// Runs `work` on a thread of its own in the host's mount namespace. It may wait for the host's file systems as
+    /// long as they like.
     ///
     /// # Errors
     /// If the thread cannot be had, or not enter.

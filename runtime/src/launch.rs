@@ -1,6 +1,6 @@
 //! Starts a pod's machine: opens every file, makes every socket, spawns caisson-vmm and caisson-fsd and sends the whole
-//! machine to the monitor, all before the shim serves its first request. This is on the critical path of every container's
-//! start, so it runs once from top to bottom without waiting for anything.
+//! machine to the monitor, all before the shim serves its first request. This is on the critical path of every
+//! container's start, so it runs once from top to bottom without waiting for anything.
 
 use std::{
     io,
@@ -61,8 +61,8 @@ pub enum LaunchError {
     },
 }
 
-/// The kernel's command line; guest-image/README.md says what each word is for. The monitor adds the devices and, if there is
-/// one, the console.
+/// The kernel's command line; guest-image/README.md says what each word is for. The monitor adds the devices and, if
+/// there is one, the console.
 fn command_line(vcpus: u8, console: bool) -> String {
     let console = if console { "loglevel=7 8250.nr_uarts=1" } else { "quiet loglevel=1 8250.nr_uarts=0" };
     let smp = if vcpus == 1 { " noreplace-smp" } else { "" };
@@ -98,7 +98,8 @@ pub struct Launch {
     pub has_host_share: bool,
 }
 
-/// Makes the pod's directories and its cgroup, mounts its share and launches its machine. `log` becomes the children's standard error.
+/// Makes the pod's directories and its cgroup, mounts its share and launches its machine. `log` becomes the children's
+/// standard error.
 ///
 /// # Errors
 /// [`LaunchError`] names what failed. Processes that were already started are gone then; directories are not.

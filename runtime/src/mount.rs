@@ -208,9 +208,10 @@ impl Mount {
         plan.run(&self.kind, &self.source, target).map_err(|error| self.failed(error.to_string()))
     }
 
-    /// Mounts it at `target` as [`Self::mount_at`] does, but so that nobody ever sees it there without nosuid, nodev and noexec,
-    /// on itself and on all that came with it: flags that are given to a mount later do not reach the copies that
-    /// its propagation has made by then. `staging` is an empty directory on a mount that propagates nowhere.
+    /// Mounts it at `target` as [`Self::mount_at`] does, but so that nobody ever sees it there without nosuid, nodev
+    /// and noexec, on itself and on all that came with it: flags that are given to a mount later do not reach the
+    /// copies that its propagation has made by then. `staging` is an empty directory on a mount that propagates
+    /// nowhere.
     ///
     /// # Errors
     /// [`MountError`] names the mount and what the kernel said; then nothing of it stays.
@@ -239,8 +240,8 @@ fn fetter(path: &Path) -> io::Result<()> {
     set_attributes(None, &path, NOSUID_NODEV_NOEXEC, 0)
 }
 
-/// Gives them to a tree of mounts that is mounted nowhere yet, and cuts it off from what is mounted later where it was copied from.
-/// `read_only`: nothing in it can be written by anybody.
+/// Gives them to a tree of mounts that is mounted nowhere yet, and cuts it off from what is mounted later where it was
+/// copied from. `read_only`: nothing in it can be written by anybody.
 ///
 /// # Errors
 /// The system call's.

@@ -1,6 +1,6 @@
 //! The pod's shared directory: what the guest can see of the host. It is a small tmpfs in the shim's own mount
-//! namespace, and each container's root file system is mounted in it. So whatever way the pod's processes end, the kernel
-//! takes all of these mounts down with the namespace, and nothing of them was ever visible to the host.
+//! namespace, and each container's root file system is mounted in it. So whatever way the pod's processes end, the
+//! kernel takes all of these mounts down with the namespace, and nothing of them was ever visible to the host.
 //!
 //! ```text
 //!   shared/   tmpfs, read-write: only the shim writes here ──peers──  view/   the same, read-only: caisson-fsd's root
@@ -9,9 +9,9 @@
 //!     └ .host   an empty directory, the guest's mount point             └ likewise
 //! ```
 //!
-//! What is mounted there is nosuid, nodev and noexec: caisson-fsd may make device nodes for a guest, and even if a guest
-//! took it over, it could open none of them. caisson-fsd gets the read-only view, because a guest that could rename what lies at the top could steer the
-//! shim's next mount through a symbolic link out of the directory.
+//! What is mounted there is nosuid, nodev and noexec: caisson-fsd may make device nodes for a guest, and even if a
+//! guest took it over, it could open none of them. caisson-fsd gets the read-only view, because a guest that could
+//! rename what lies at the top could steer the shim's next mount through a symbolic link out of the directory.
 
 use std::{
     fs, io,
@@ -68,8 +68,8 @@ pub enum RootfsError {
     },
 }
 
-/// Moves the calling thread, which must be the process's only one, into a mount namespace of its own. What the host mounts
-/// and unmounts later still arrives here; nothing goes the other way. The way back to the host's namespace.
+/// Moves the calling thread, which must be the process's only one, into a mount namespace of its own. What the host
+/// mounts and unmounts later still arrives here; nothing goes the other way. The way back to the host's namespace.
 ///
 /// # Errors
 /// EPERM without CAP_SYS_ADMIN.
@@ -155,8 +155,8 @@ impl Share {
         Ok(rootfs)
     }
 
-    /// A bind mount's place, relative to the shared directory: what the agent is told. By way of the connection for what the
-    /// host's processes change, too.
+    /// A bind mount's place, relative to the shared directory: what the agent is told. By way of the connection for
+    /// what the host's processes change, too.
     pub fn bind_name(container: &str, index: u32) -> String {
         format!("{HOST_SHARE_DIRECTORY}/{}", Self::bind_place(container, index))
     }

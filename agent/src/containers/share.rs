@@ -1,8 +1,9 @@
 //! The pod's shared directory in the guest, mounted when it is first needed: the file server may start after the guest.
 //!
-//! It is there by two virtio-fs devices. What only the guest changes (root file systems) is reached by the first, with the kernel's
-//! caches. What the host's processes change as well (bind mounts) is reached by the second, which is mounted in a directory of the
-//! first: the kernel then asks before it believes what it remembers. A pod without bind mounts has no second device.
+//! It is there by two virtio-fs devices. What only the guest changes (root file systems) is reached by the first, with
+//! the kernel's caches. What the host's processes change as well (bind mounts) is reached by the second, which is
+//! mounted in a directory of the first: the kernel then asks before it believes what it remembers. A pod without bind
+//! mounts has no second device.
 
 use std::{
     ffi::CStr,

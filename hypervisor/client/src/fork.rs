@@ -1,5 +1,6 @@
-//! Starts a program in a cgroup. The standard library cannot: its child could only move itself there, and a move of a process waits
-//! for a grace period of the kernel's (7 to 20 ms, measured), while one that is born there (CLONE_INTO_CGROUP, Linux 5.7) waits for nothing.
+//! Starts a program in a cgroup. The standard library cannot: its child could only move itself there, and a move of a
+//! process waits for a grace period of the kernel's (7 to 20 ms, measured), while one that is born there
+//! (CLONE_INTO_CGROUP, Linux 5.7) waits for nothing.
 //!
 //! Between fork and exec the child makes system calls and nothing else: all that it needs was built before.
 
@@ -43,7 +44,8 @@ struct CloneArgs {
 pub(crate) struct Program<'a> {
     pub(crate) path: &'a Path,
     pub(crate) arguments: Vec<&'a OsStr>,
-    /// What it finds at which number, 0 to 2 included. No number may be one of the descriptors that come later in the list.
+    /// What it finds at which number, 0 to 2 included. No number may be one of the descriptors that come later in the
+    /// list.
     pub(crate) descriptors: Vec<(RawFd, RawFd)>,
     /// Where it is born: a cgroup's directory.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
@@ -55,8 +57,8 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 }
 
 impl Program<'_> {
-    /// Starts it with the environment of this process. It gets SIGKILL when the calling thread ends. `floor` is a number above all
-    /// that the program gets.
+    /// Starts it with the environment of this process. It gets SIGKILL when the calling thread ends. `floor` is a
+    /// number above all that the program gets.
     ///
     /// # Errors
     /// What kept it from being made or from entering the program.
@@ -85,14 +87,15 @@ impl Program<'_> {
             cgroup: self.cgroup.map_or(0, |cgroup| cgroup.as_raw_fd() as u64),
             ..CloneArgs::default()
         };
-        // SAFETY: no memory is shared and no stack is given, so this is a fork: both sides go on here, each with memory of its own. The
-        // child then only makes system calls (below) on what was built above, and never returns from this function.
+        // SAFETY: no memory is shared and no stack is given, so this is a fork: both sides go on here, each with memory
+        // of its own. The child then only makes system calls (below) on what was built above, and never returns from
+        // this function.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
         match pid {
             0 => {
                 let enter = || -> i32 {
-                    // SAFETY: system calls on plain numbers, and on C strings and null-terminated arrays of them that live in this
-                    // process's copy of the parent's memory.
+                    // SAFETY: system calls on plain numbers, and on C strings and null-terminated arrays of them that
+                    // live in this process's copy of the parent's memory.
                     unsafe {
                         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
                         // The parent may have died before the line above took effect.

@@ -1,18 +1,21 @@
 //! INIT: what guest and server agree on.
 //!
-//! - **No OPEN.** A regular file is never opened or released by the guest; the server opens what it needs. That saves two
-//!   messages for each file, and the guest cannot hold descriptors here. The price: `open` for writing on a read-only
-//!   mount of the host succeeds and the write fails, so what is read-only must be mounted so in the guest as well.
+//! - **No OPEN.** A regular file is never opened or released by the guest; the server opens what it needs. That saves
+//!   two messages for each file, and the guest cannot hold descriptors here. The price: `open` for writing on a
+//!   read-only mount of the host succeeds and the write fails, so what is read-only must be mounted so in the guest as
+//!   well.
 //! - **Writeback cache.** The guest is the only user of what it may cache, so it writes back when it likes. Therefore
 //!   LSEEK is not offered: Linux asks the server for data and holes without writing back first, and would take a file
-//!   that is still in its cache for a hole (`cp` would copy zeros). Without it the guest sees a file as all data, which is always right.
+//!   that is still in its cache for a hole (`cp` would copy zeros). Without it the guest sees a file as all data, which
+//!   is always right.
 //! - **ACLs and umask.** The server applies the umask, since only the host's kernel knows whether a default ACL
 //!   replaces it.
 //! - **setuid, setgid** go on write, truncate and chown; the server takes care when the guest says so (KILLPRIV_V2).
 //! - **Locks** stay in the guest.
 //!
-//! Files that the host's own processes change as well ([`Sharing::WithHost`]) have no writeback cache: a guest with one trusts its own
-//! idea of a file's size and content. Instead it asks before each read whether the file has changed, and throws away what it has of it.
+//! Files that the host's own processes change as well ([`Sharing::WithHost`]) have no writeback cache: a guest with one
+//! trusts its own idea of a file's size and content. Instead it asks before each read whether the file has changed, and
+//! throws away what it has of it.
 
 use fuse_backend_rs::abi::fuse_abi::FsOptions;
 
@@ -69,7 +72,8 @@ const PAGE: usize = 4096;
 /// The length of INIT's answer, bytes.
 const OUT: usize = 64;
 
-/// The answer to an INIT whose body is `body`, over a socket with a send buffer of `send_buffer` bytes, for files of this sharing.
+/// The answer to an INIT whose body is `body`, over a socket with a send buffer of `send_buffer` bytes, for files of
+/// this sharing.
 ///
 /// # Errors
 /// EPROTO for a guest that is too old, EINVAL for a malformed request.

@@ -1,9 +1,9 @@
 //! The program: takes two descriptors, enters the jail, serves until the monitor closes the socket.
 //!
-//! `caisson-fsd --socket-fd 3 --root-fd 4 [--host-socket-fd 5] [--max-files N]`: a SOCK_SEQPACKET socket to a virtio-fs device, the
-//! shared directory, the socket of another device that shows the same directory to a guest that shares it with the host's processes
-//! ([`Sharing::WithHost`]), and how many files the guest may remember at once by each (default: as many as descriptors can be had,
-//! about a million in all). A guest that wants more gets ENFILE.
+//! `caisson-fsd --socket-fd 3 --root-fd 4 [--host-socket-fd 5] [--max-files N]`: a SOCK_SEQPACKET socket to a virtio-fs
+//! device, the shared directory, the socket of another device that shows the same directory to a guest that shares it
+//! with the host's processes ([`Sharing::WithHost`]), and how many files the guest may remember at once by each
+//! (default: as many as descriptors can be had, about a million in all). A guest that wants more gets ENFILE.
 //!
 //! Exit status 0 when the sockets close, 1 with a message on standard error otherwise.
 
@@ -76,7 +76,8 @@ fn run(log: &Logger) -> Result<()> {
     Ok(())
 }
 
-/// Serves one socket until it closes. When that fails the process ends, whatever the other does: half a file server is none.
+/// Serves one socket until it closes. When that fails the process ends, whatever the other does: half a file server is
+/// none.
 fn serve(session: &Session) {
     /// Ends the process if the thread panics.
     struct Bomb;

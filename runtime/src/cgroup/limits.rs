@@ -8,8 +8,8 @@
 //! | memory.low, .swap.max   | as they are                                                                            |
 //! | pids.max                | the limit and the pod's own threads: the guest's processes are none of the host's       |
 //!
-//! memory.max follows the machine and not a later, lower limit: the guest does not give memory back that its containers have
-//! freed, so a lower value would kill the machine of a container that keeps to its limit.
+//! memory.max follows the machine and not a later, lower limit: the guest does not give memory back that its containers
+//! have freed, so a lower value would kill the machine of a container that keeps to its limit.
 
 use crate::{
     config::Config,

@@ -1,8 +1,9 @@
-//! The pod's cgroup on the host: caisson-vmm and caisson-fsd live in the directory that the specification names ([`path`]), with its
-//! limits and an overhead ([`limits`]). The shim itself stays where containerd has put it, as runc's does.
+//! The pod's cgroup on the host: caisson-vmm and caisson-fsd live in the directory that the specification names
+//! ([`path`]), with its limits and an overhead ([`limits`]). The shim itself stays where containerd has put it, as
+//! runc's does.
 //!
-//! The directories are made on the file system itself, for systemd's names as well (docs/decisions/0007). As runc does, parents
-//! are made if they are missing and stay when the pod is gone; the pod's own directory is removed.
+//! The directories are made on the file system itself, for systemd's names as well (docs/decisions/0007). As runc does,
+//! parents are made if they are missing and stay when the pod is gone; the pod's own directory is removed.
 
 pub mod limits;
 pub mod path;
@@ -117,7 +118,8 @@ impl CgroupError {
 }
 
 impl HostCgroup {
-    /// Makes `directory` below the hierarchy at `mount` and writes its limits. Its parents hand down what controllers there are.
+    /// Makes `directory` below the hierarchy at `mount` and writes its limits. Its parents hand down what controllers
+    /// there are.
     ///
     /// # Errors
     /// See [`CgroupError`]; then the directory is gone again.
@@ -234,8 +236,8 @@ pub fn recorded(file: &Path) -> Option<PathBuf> {
     path.is_absolute().then_some(path)
 }
 
-/// Removes the cgroup at `path`, an absolute path, waiting a second at most for processes that have just been killed. One that is
-/// not there is fine.
+/// Removes the cgroup at `path`, an absolute path, waiting a second at most for processes that have just been killed.
+/// One that is not there is fine.
 ///
 /// # Errors
 /// EBUSY if something stays in it.
@@ -252,8 +254,8 @@ pub fn remove(path: &Path) -> Result<(), CgroupError> {
     }
 }
 
-/// Hands controllers down from `directory`: each by itself, because one that cannot be would take the others with it. What is then
-/// missing below is told to who asks for it.
+/// Hands controllers down from `directory`: each by itself, because one that cannot be would take the others with it.
+/// What is then missing below is told to who asks for it.
 fn enable(directory: &Path) {
     let read = |name| fs::read_to_string(directory.join(name)).unwrap_or_default();
     let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));

@@ -25,8 +25,8 @@ const MAX_NAME: usize = 255;
 /// Deepest place.
 const MAX_DEPTH: usize = 32;
 
-/// The directory for `path` relative to the hierarchy's root. `namespace` and `id` name the pod, `own` is the shim's own cgroup as
-/// /proc/self/cgroup has it.
+/// The directory for `path` relative to the hierarchy's root. `namespace` and `id` name the pod, `own` is the shim's
+/// own cgroup as /proc/self/cgroup has it.
 ///
 /// # Errors
 /// [`PathError`] says what is wrong with the path.

@@ -1,5 +1,5 @@
-//! On the version 2 hierarchy of this machine, wherever it is mounted; some machines have all controllers in version 1, so limits that
-//! need one are tested with what there is.
+//! On the version 2 hierarchy of this machine, wherever it is mounted; some machines have all controllers in version 1,
+//! so limits that need one are tested with what there is.
 
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},

@@ -1,5 +1,5 @@
-//! Task.Create: the host's part of a container (spec, streams, root file system), which is done while the machine boots, and then
-//! the agent's.
+//! Task.Create: the host's part of a container (spec, streams, root file system), which is done while the machine
+//! boots, and then the agent's.
 
 use std::{path::Path, sync::Arc};
 

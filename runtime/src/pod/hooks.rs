@@ -1,5 +1,6 @@
-//! The hooks that run on the host, at their moments in a container's life: prestart and createRuntime before the agent makes it,
-//! poststart when it runs, poststop when it is gone. One of the first two that fails fails Create, the others are logged.
+//! The hooks that run on the host, at their moments in a container's life: prestart and createRuntime before the agent
+//! makes it, poststart when it runs, poststop when it is gone. One of the first two that fails fails Create, the others
+//! are logged.
 
 use std::path::{Path, PathBuf};
 

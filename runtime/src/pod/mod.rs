@@ -1,5 +1,5 @@
-//! A pod: its machine, its containers, and what each task request does to them. Requests that change something run in tasks
-//! of their own ([`crate::service`]), so a client that hangs up never leaves one half done; what a failed request
+//! A pod: its machine, its containers, and what each task request does to them. Requests that change something run in
+//! tasks of their own ([`crate::service`]), so a client that hangs up never leaves one half done; what a failed request
 //! has made is dropped, and dropping undoes it.
 
 mod container;
@@ -38,7 +38,8 @@ const CALL_LIMIT: Duration = Duration::from_secs(60);
 /// How long the machine's end may take to be understood after the agent's connection broke.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// What the daemon has made for a pod before it serves. What is missing could not be had: then there is no machine either.
+/// What the daemon has made for a pod before it serves. What is missing could not be had: then there is no machine
+/// either.
 #[derive(Debug, Default)]
 pub struct Provision {
     /// The shared directory.

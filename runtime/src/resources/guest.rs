@@ -1,13 +1,13 @@
-//! What of `linux.resources` goes on to the agent, whose cgroups hold inside the machine: everything but what only means something
-//! on the host. Processors and memory nodes are the host's numbers: the pod's processes are held to them there, and
-//! the guest gets as many of its own. Block devices, too, are the host's.
+//! What of `linux.resources` goes on to the agent, whose cgroups hold inside the machine: everything but what only
+//! means something on the host. Processors and memory nodes are the host's numbers: the pod's processes are held to
+//! them there, and the guest gets as many of its own. Block devices, too, are the host's.
 
 use serde_json::{Map, Value};
 
 use super::{Asked, cpus::CpuList, is_io_file, size::MachineSize};
 
-/// Changes a specification's `linux.resources` object in place for a guest of this size; `asked` is what that object asks for. True
-/// if anything was changed.
+/// Changes a specification's `linux.resources` object in place for a guest of this size; `asked` is what that object
+/// asks for. True if anything was changed.
 pub fn translate(resources: &mut Map<String, Value>, asked: &Asked, size: MachineSize) -> bool {
     let mut changed = resources.remove("blockIO").is_some();
     let cpus = asked.cpus.as_ref().map(|cpus| guest_list(cpus, size.vcpus.into()));
@@ -34,7 +34,8 @@ pub fn translate(resources: &mut Map<String, Value>, asked: &Asked, size: Machin
     changed
 }
 
-/// The guest's own for a list of the host's: the same numbers if the guest has them all, or else its first ones, as many.
+/// The guest's own for a list of the host's: the same numbers if the guest has them all, or else its first ones, as
+/// many.
 fn guest_list(list: &CpuList, have: u32) -> CpuList {
     if list.highest() < have { list.clone() } else { CpuList::first(list.count().min(have).max(1)) }
 }

@@ -1,8 +1,8 @@
-//! `linux.resources` of the specification as the host understands it: what a pod's machine is made of ([`size`]), which limits
-//! its processes get on the host ([`crate::cgroup`]), and what is left for the agent ([`guest`]). Pure.
+//! `linux.resources` of the specification as the host understands it: what a pod's machine is made of ([`size`]), which
+//! limits its processes get on the host ([`crate::cgroup`]), and what is left for the agent ([`guest`]). Pure.
 //!
-//! The specification speaks cgroup v1, and beside it `unified` names files of cgroup v2: both say the same here, the file
-//! wins as it does with runc.
+//! The specification speaks cgroup v1, and beside it `unified` names files of cgroup v2: both say the same here, the
+//! file wins as it does with runc.
 
 pub mod cpus;
 pub mod guest;

@@ -1,5 +1,5 @@
-//! How large a pod's machine is: as its container's limits say, or as the configuration says where there are none. The machine
-//! keeps its size for life, so a later Update beyond it is an error.
+//! How large a pod's machine is: as its container's limits say, or as the configuration says where there are none. The
+//! machine keeps its size for life, so a later Update beyond it is an error.
 
 use super::{Asked, Limit, ResourceError};
 use crate::config::Config;
@@ -35,8 +35,8 @@ pub struct MachineSize {
 }
 
 impl MachineSize {
-    /// The size for a container that asks for `asked`. What it asks for beyond the configuration's bounds or the host's size
-    /// it does not get: its own limits hold inside, as always.
+    /// The size for a container that asks for `asked`. What it asks for beyond the configuration's bounds or the host's
+    /// size it does not get: its own limits hold inside, as always.
     pub fn of(asked: &Asked, config: &Config, host: HostSize) -> Self {
         let vcpus = wanted_cpus(asked).map_or(config.vcpus, |wanted| {
             let most = u64::from(config.max_vcpus).min(host.cpus.into()).max(1);

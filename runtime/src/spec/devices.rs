@@ -1,8 +1,8 @@
-//! Devices. A guest has its own of those that every container gets, and none of the host's: what names another is refused, because a
-//! node of the same number would be somebody else in the guest, or nobody.
+//! Devices. A guest has its own of those that every container gets, and none of the host's: what names another is
+//! refused, because a node of the same number would be somebody else in the guest, or nobody.
 //!
-//! One kind of specification names every device of the host without meaning any: a privileged container's, whose rules allow all
-//! devices. There, those that cannot work are left out.
+//! One kind of specification names every device of the host without meaning any: a privileged container's, whose rules
+//! allow all devices. There, those that cannot work are left out.
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 use serde_json::Value;

@@ -1,7 +1,7 @@
 //! The bundle's config.json, as far as the host must understand it: whether it is one at all, where the root file
-//! system lies if containerd passes none, what the host does for it (limits, bind mounts, hooks), and whether it asks for something
-//! of the host that a machine of its own cannot have. All of that is known before a machine starts. Everything else is the agent's
-//! to apply or refuse. Nothing in it is trusted: it comes with an image.
+//! system lies if containerd passes none, what the host does for it (limits, bind mounts, hooks), and whether it asks
+//! for something of the host that a machine of its own cannot have. All of that is known before a machine starts.
+//! Everything else is the agent's to apply or refuse. Nothing in it is trusted: it comes with an image.
 
 pub mod binds;
 pub mod devices;
@@ -149,8 +149,8 @@ impl BundleSpec {
         })
     }
 
-    /// Whether a pod that begins with this container has bind mounts: its own, or those of the containers that Kubernetes puts
-    /// beside it.
+    /// Whether a pod that begins with this container has bind mounts: its own, or those of the containers that
+    /// Kubernetes puts beside it.
     pub fn wants_host_share(&self) -> bool {
         let kind = self.annotations.get("io.kubernetes.cri.container-type");
         !self.binds.is_empty() || kind.is_some_and(|kind| kind == "sandbox")

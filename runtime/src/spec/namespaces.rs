@@ -1,6 +1,6 @@
-//! Which namespaces a container gets. It shares its pod's kernel, never the host's: a namespace that is not listed would be the
-//! host's and is refused, unless what is in the guest does as well (user, cgroup, time). A path can only lead to another container
-//! of this pod, which containerd knows by the pid of the pod's task.
+//! Which namespaces a container gets. It shares its pod's kernel, never the host's: a namespace that is not listed
+//! would be the host's and is refused, unless what is in the guest does as well (user, cgroup, time). A path can only
+//! lead to another container of this pod, which containerd knows by the pid of the pod's task.
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 

@@ -1,5 +1,5 @@
-//! What the host does for a container beside its root file system: bind mounts, hooks, namespaces of the pod; and what it refuses
-//! before there is a machine.
+//! What the host does for a container beside its root file system: bind mounts, hooks, namespaces of the pod; and what
+//! it refuses before there is a machine.
 
 use std::{
     fs,

@@ -78,7 +78,8 @@ impl Stage {
         disk
     }
 
-    /// Mounts an overlay at `name` in the shared directory; `fill` gets its lower directory. Returns the mounted directory.
+    /// Mounts an overlay at `name` in the shared directory; `fill` gets its lower directory. Returns the mounted
+    /// directory.
     pub fn overlay(&self, name: &str, options: &str, fill: impl FnOnce(&Path)) -> PathBuf {
         let [lower, upper, work] = ["lower", "upper", "work"].map(|part| self.beside(&format!("{name}.{part}")));
         fill(&lower);
@@ -191,8 +192,8 @@ impl Client {
         Self { socket: ours, child, unique: 0, uid: 0, gid: 0 }
     }
 
-    /// One program that serves the stage by two sockets: the second is that of a guest which shares it with the host. Both are
-    /// ready; the second client's program is `true`.
+    /// One program that serves the stage by two sockets: the second is that of a guest which shares it with the host.
+    /// Both are ready; the second client's program is `true`.
     pub fn pair(stage: &Stage) -> (Self, Self) {
         let sockets = || socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         let ((ours, theirs), (ours_too, theirs_too)) = (sockets(), sockets());
