@@ -16,6 +16,7 @@ use crate::{
     config::Config,
     events::timestamp,
     flags::Flags,
+    hooks,
     lifecycle::KILLED,
     paths::{PodPaths, allow_missing},
     processes,
@@ -41,6 +42,10 @@ pub fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         anyhow::bail!("processes of pod {} outlived SIGKILL for {LIMIT:?}: {left:?}", flags.id);
     }
     cgroup?;
+    for failed in hooks::run_owed(&fs::canonicalize(&bundle).unwrap_or(bundle)) {
+        // containerd logs what this command says.
+        eprintln!("a hook failed: {failed}");
+    }
     let response = DeleteResponse {
         pid: members.iter().find(|member| member.role == "vmm").map_or(0, |member| member.pid),
         exit_status: KILLED,

@@ -4,7 +4,7 @@
 
 use std::{
     ffi::CString,
-    fs::File,
+    fs::{self, File},
     io::{self, Read, Seek, Write},
     os::unix::{ffi::OsStrExt, process::CommandExt},
     path::Path,
@@ -90,6 +90,39 @@ impl State {
             state.insert("pid".into(), pid.into());
         }
         Self { json: state.to_string() }
+    }
+}
+
+/// In the bundle while poststop hooks are still to run: the state that they are told. `delete` runs them after a crash.
+const OWED: &str = "poststop.json";
+
+/// Writes down that a container has poststop hooks to run.
+///
+/// # Errors
+/// What the file system says.
+pub fn owe(state: &State, bundle: &Path) -> io::Result<()> {
+    fs::write(bundle.join(OWED), &state.json)
+}
+
+/// They are about to run. Whether that was still to be done.
+pub fn settle(bundle: &Path) -> bool {
+    fs::remove_file(bundle.join(OWED)).is_ok()
+}
+
+/// Runs the poststop hooks that a crashed shim has left, in the calling process's own mount namespace, which must be
+/// the host's. What went wrong, in sentences.
+pub fn run_owed(bundle: &Path) -> Vec<String> {
+    let Ok(json) = fs::read_to_string(bundle.join(OWED)) else { return Vec::new() };
+    let (spec, host) = (BundleSpec::read(bundle), HostView::here());
+    settle(bundle);
+    match (spec, host) {
+        (Ok(spec), Ok(host)) => {
+            let state = State { json };
+            let run = |hook: &Hook| run_here(hook, &state, bundle, &host).err().map(|error| error.to_string());
+            spec.hooks.poststop.iter().filter_map(run).collect()
+        }
+        (Err(error), _) => vec![error.to_string()],
+        (_, Err(error)) => vec![error.to_string()],
     }
 }
 
@@ -193,7 +226,7 @@ fn last_words(words: &mut File) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+    use std::{os::unix::fs::PermissionsExt, path::PathBuf};
 
     use nix::mount::{MsFlags, mount};
     use serde_json::Value;

@@ -9,7 +9,7 @@ use slog::warn;
 use super::Pod;
 use crate::{
     errors::TaskError,
-    hooks::{State, run},
+    hooks::{State, owe, run, settle},
     spec::{BundleSpec, hooks::Hook},
     tasks::Name,
 };
@@ -45,6 +45,11 @@ impl Pod {
             poststop: hooks.poststop.clone(),
             stopped: state("stopped", None),
         }));
+        if !hooks.poststop.is_empty()
+            && let Err(error) = owe(&state("stopped", None), bundle)
+        {
+            warn!(self.log, "a crash would forget the poststop hooks"; "error" => %error);
+        }
         let creating = state("creating", Some(pid));
         for hook in &hooks.create {
             let Some(host) = &self.host else { return Err(TaskError::unavailable("the pod has ended")) };
@@ -68,6 +73,7 @@ impl Pod {
     /// Runs those of a container that is gone.
     pub(super) async fn run_poststop(&self, pending: Option<Box<Pending>>) {
         if let Some(pending) = pending {
+            settle(&pending.bundle);
             self.run_logged(&pending.poststop, &pending.stopped, &pending.bundle).await;
         }
     }

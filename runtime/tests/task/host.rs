@@ -150,6 +150,31 @@ async fn hooks_that_fail_later_do_no_harm_and_a_create_that_fails_runs_poststop(
 }
 
 #[tokio::test]
+async fn a_crash_leaves_poststop_to_delete_which_runs_it_once() {
+    let bench = Bench::new().await;
+    let stopped = bench.directory().join("stopped");
+    let poststop = hook(bench.directory(), "poststop", &format!("cat >> {}", stopped.display()));
+    let request = bench.request_with("one", &["sleep"], |spec| spec["hooks"] = json!({ "poststop": [poststop] }));
+    bench.create(&request).await.unwrap();
+    // The shim's end is only played: nothing more is asked of it.
+    let delete = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_containerd-shim-caisson-v2"));
+        command.args(["-namespace", "ns", "-id", "one", "-address", "/c.sock", "-bundle", &request.bundle, "delete"]);
+        command.env("CAISSON_CONFIG", bench.directory().join("config.toml"));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    let state_dir = bench.directory().join("nothing");
+    fs::write(bench.directory().join("config.toml"), format!("state_dir = {state_dir:?}\n")).unwrap();
+    delete();
+    let state: Value = serde_json::from_slice(&fs::read(&stopped).unwrap()).unwrap();
+    assert_eq!((&state["status"], &state["id"]), (&json!("stopped"), &json!("one")));
+    fs::remove_file(&stopped).unwrap();
+    delete();
+    assert!(!stopped.exists(), "once");
+}
+
+#[tokio::test]
 async fn the_second_container_joins_the_first_by_the_pid_of_its_task() {
     let bench = Bench::new().await;
     let join = |pid: u32| {
