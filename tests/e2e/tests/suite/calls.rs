@@ -1,5 +1,5 @@
-//! Every call of the Task service, made to the shim itself, in its right use: what it answers, and which events it sends,
-//! each once and in order.
+//! Every call of the Task service, made to the shim itself, in its right use: what it answers, and which events it
+//! sends, each once and in order.
 
 use std::{fs, fs::File, io::Write as _};
 
@@ -156,7 +156,10 @@ fn a_terminal_of_its_own(host: &Host) {
     specification["mounts"] = json!([
         { "destination": "/proc", "type": "proc", "source": "proc" },
         { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
-        { "destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"] },
+        {
+            "destination": "/dev/pts", "type": "devpts", "source": "devpts",
+            "options": ["newinstance", "ptmxmode=0666"],
+        },
     ]);
     let pod = Direct::of(host, "terminal", specification);
     let (stdout, screen) = pod.output("stdout");

@@ -1,5 +1,5 @@
-//! The Task service wrongly used: every refusal has the gRPC code that containerd acts on. runc's shim is asked the same; it
-//! often has no code at all (UNKNOWN) where Caisson has one (docs/differences.md).
+//! The Task service wrongly used: every refusal has the gRPC code that containerd acts on. runc's shim is asked the
+//! same; it often has no code at all (UNKNOWN) where Caisson has one (docs/differences.md).
 
 use caisson_e2e::{
     Host, Runtime,
@@ -9,7 +9,7 @@ use caisson_e2e::{
 use serde_json::json;
 use ttrpc::Code;
 
-caisson_e2e::for_each_runtime!(nobody, created, running, stopped);
+caisson_e2e::for_each_runtime!(nobody, running, created_and_stopped);
 caisson_e2e::caisson_only!(names_that_are_taken);
 
 /// What a wrong use is answered.
@@ -93,18 +93,6 @@ fn nobody(host: &Host) {
     pod.end();
 }
 
-fn created(host: &Host) {
-    let pod = Direct::start(host, "created", &["sleep", "100000"]);
-    pod.create(&Streams::default()).expect("Create");
-    let mut answers = Answers::of(host);
-    answers.expect("Pause of the created", pod.task.pause(), RuncUnknown(Code::FAILED_PRECONDITION));
-    answers.expect("Resume of the created", pod.task.resume(), RuncUnknown(Code::FAILED_PRECONDITION));
-    pod.task.kill("", 9, false).expect("Kill of the created");
-    pod.task.wait("").expect("Wait");
-    pod.task.delete("").expect("Delete");
-    pod.end();
-}
-
 fn running(host: &Host) {
     let pod = Direct::start(host, "running", &["sleep", "100000"]);
     pod.run();
@@ -143,10 +131,13 @@ fn running(host: &Host) {
     pod.end();
 }
 
-fn stopped(host: &Host) {
+fn created_and_stopped(host: &Host) {
     let pod = Direct::start(host, "stopped", &["sleep", "100000"]);
-    pod.run();
+    pod.create(&Streams::default()).expect("Create");
     let (task, mut answers) = (&pod.task, Answers::of(host));
+    answers.expect("Pause of the created", task.pause(), RuncUnknown(Code::FAILED_PRECONDITION));
+    answers.expect("Resume of the created", task.resume(), RuncUnknown(Code::FAILED_PRECONDITION));
+    task.start("").expect("Start");
     task.kill("", 15, false).expect("Kill, which a first process without a handler ignores");
     task.kill("", 9, false).expect("Kill");
     assert_eq!(task.wait("").expect("Wait"), 137);
