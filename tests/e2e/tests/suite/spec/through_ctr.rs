@@ -3,7 +3,7 @@
 use std::fs;
 
 use caisson_e2e::{
-    Host, Setup,
+    Host, Runtime, Setup,
     host::Image,
     pod::Container,
     spec::{holds, questions},
@@ -15,6 +15,9 @@ caisson_e2e::for_each_runtime!(
     default_of_ctr in Setup::default().image(Image::Probe),
     seccomp_of_containerd in Setup::default().image(Image::Probe),
 );
+
+/// A kernel's first one (include/linux/proc_ns.h).
+const FIRST_CGROUP_NAMESPACE: &str = "cgroup:[4026531835]";
 
 /// Starts it idle, and lets a second process report.
 fn report(host: &Host, container: Container, words: &[String]) -> (Value, Report) {
@@ -35,6 +38,15 @@ fn report(host: &Host, container: Container, words: &[String]) -> (Value, Report
 fn default_of_ctr(host: &Host) {
     let (spec, report) = report(host, host.container("default"), &[]);
     holds(&spec, &report);
+    // ctr asks for no cgroup namespace: with runc that is the host's.
+    let seen = &*report.namespaces["cgroup"];
+    match host.runtime {
+        Runtime::Caisson => assert_ne!(seen, FIRST_CGROUP_NAMESPACE),
+        Runtime::Runc => {
+            let own = fs::read_link("/proc/self/ns/cgroup").expect("this is Linux");
+            assert_eq!(seen, own.to_string_lossy());
+        }
+    }
 
     let container = host.container("much");
     let flags = [
