@@ -65,6 +65,17 @@ impl Containerd {
         *lock(&self.child) = spawn(&self.directory, self.kvm, &self.log);
     }
 
+    /// Kills it and starts another on the same directories, as after a crash.
+    pub fn crash(&self) {
+        kill(&mut lock(&self.child));
+        *lock(&self.child) = spawn(&self.directory, self.kvm, &self.log);
+    }
+
+    /// Where a test can put programs that it finds before all others.
+    pub fn programs(&self) -> PathBuf {
+        programs(&self.directory)
+    }
+
     /// Its process id.
     pub fn pid(&self) -> i32 {
         lock(&self.child).id() as i32
@@ -104,6 +115,10 @@ impl Drop for Containerd {
     }
 }
 
+fn programs(directory: &Path) -> PathBuf {
+    directory.join("bin")
+}
+
 fn lock(child: &Mutex<Child>) -> MutexGuard<'_, Child> {
     child.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -125,7 +140,8 @@ fn spawn(directory: &Path, kvm: Kvm, log: &Path) -> Child {
     let path = |name: &str| directory.join(name);
     let log_file = File::options().create(true).append(true).open(log).expect("the test's directory takes files");
     let search = std::env::var("PATH").unwrap_or_default();
-    let search = format!("{}:{search}:/usr/sbin:/usr/bin:/sbin:/bin", environment::bin_dir().display());
+    let (first, ours) = (programs(directory), environment::bin_dir());
+    let search = format!("{}:{}:{search}:/usr/sbin:/usr/bin:/sbin:/bin", first.display(), ours.display());
     let _ = fs::remove_file(path("ready.sock"));
     let ready = UnixDatagram::bind(path("ready.sock")).expect("the test's directory takes sockets");
     ready.set_read_timeout(Some(wait::STEP)).expect("a limit of seconds is valid");

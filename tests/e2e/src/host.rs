@@ -247,13 +247,20 @@ impl Host {
     }
 
     /// Takes what is here now as what may stay.
-    fn count_anew(&self) {
+    pub fn count_anew(&self) {
         *self.before.lock().expect("no holder panics") = self.leftovers();
     }
 
     /// Replaces containerd by another on the same directories. The descriptors of the new one count from here.
     pub fn restart_containerd(&self) {
         self.containerd.restart();
+        let now = self.leftovers();
+        self.before.lock().expect("no holder panics").adopt_descriptors(&now);
+    }
+
+    /// Kills containerd and starts another on the same directories. The descriptors of the new one count from here.
+    pub fn crash_containerd(&self) {
+        self.containerd.crash();
         let now = self.leftovers();
         self.before.lock().expect("no holder panics").adopt_descriptors(&now);
     }

@@ -8,6 +8,7 @@ mod images;
 mod isolation;
 mod lifecycle;
 mod many;
+mod matrix;
 mod refusals;
 mod resources;
 mod spec;
