@@ -24,7 +24,7 @@ help: ## List the targets
 
 .PHONY: demo
 demo: build image oci host ## Show real images running in microVMs on a private containerd
-	@$(NESTED) --direct-if-possible --mem 4096 --cpus 1 --timeout 900 --env CAISSON_BIN_DIR=$(BIN) --env CAISSON_IMAGE_DIR=$(IMAGE) \
+	@$(NESTED) --direct-if-possible --mem 4096 --timeout 900 --env CAISSON_BIN_DIR=$(BIN) --env CAISSON_IMAGE_DIR=$(IMAGE) \
 		--env CAISSON_OCI_DIR=$(OCI) -- tests/demo/run
 
 .PHONY: build

@@ -61,7 +61,7 @@ struct Args {
     #[arg(long, conflicts_with_all = ["exact", "in_ram"])]
     direct_if_possible: bool,
 
-    /// The clock jumps over idle time and nothing is random, so that benchmarks repeat. Reading this machine's files
+    /// Virtual time is the number of executed instructions (1 ns each): benchmarks repeat. Reading this machine's files
     /// distorts it: see --in-ram
     #[arg(long)]
     exact: bool,
@@ -86,10 +86,6 @@ struct Args {
     /// Memory of the nested host
     #[arg(long, value_name = "MiB", default_value_t = 4096)]
     mem: u32,
-
-    /// Ignored
-    #[arg(long, default_value_t = 1, hide = true)]
-    cpus: u32,
 
     /// Seconds of this machine's time that the command may take
     #[arg(long, value_name = "S", default_value_t = 600)]
@@ -156,7 +152,6 @@ fn run(args: Args) -> anyhow::Result<u8> {
         }
     }
     let payload = if args.in_ram { ram::collect(&args.prog, &args.file)? } else { Vec::new() };
-    let _ = args.cpus;
     let machine = qemu::Machine { exact: args.exact, mem_mib: args.mem };
     host::run(&machine, &job, &payload, limit)
 }
