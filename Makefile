@@ -44,7 +44,7 @@ image: build ## Build the guest kernel and the initramfs
 .PHONY: test
 test: unit suites ## Prove that it works: unit tests here, VM and containerd tests on a KVM host (nested where needed)
 	@tests/suite caisson-vm-tests 900
-	@tests/suite caisson-e2e 1800
+	@tests/suite caisson-e2e 2700
 
 .PHONY: lint
 lint: deps ## Check format and lints; warnings are errors
