@@ -112,18 +112,28 @@ fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> 
             _ => sys::exit_at_once(super::EXIT_FAILED),
         };
     };
-    if plan.makes(Kind::User) {
-        for (file, field, list) in
-            [("uid_map", "linux.uidMappings", &plan.ids.uids), ("gid_map", "linux.gidMappings", &plan.ids.gids)]
-        {
-            fs::write(format!("/proc/{pid}/{file}"), kernel_text(list))
-                .map_err(|error| Failure::new(FailureKind::Invalid, format!("{field}: {}: {error}", words(list))))?;
-        }
+    if plan.makes(Kind::User)
+        && let Err(failure) = map_ids(pid, &plan.ids)
+    {
+        // It ends without the word that it waits for. Waited for here, it is gone before the agent hears of the failure.
+        drop(release);
+        let _ = Pid::from_raw(pid).map(|pid| waitpid(Some(pid), WaitOptions::empty()));
+        return Err(failure);
     }
     agent.send(&Reply::Born(pid), None).trying(|| "tell the agent of the container's process".into())?;
     agent.receive_seen().trying(|| "wait for the agent".into())?;
     write(&release, &[0]).trying(|| "let the container's process go on".into())?;
     sys::exit_at_once(0)
+}
+
+fn map_ids(pid: i32, ids: &IdMaps) -> Result<(), Failure> {
+    for (file, field, list) in
+        [("uid_map", "linux.uidMappings", &ids.uids), ("gid_map", "linux.gidMappings", &ids.gids)]
+    {
+        fs::write(format!("/proc/{pid}/{file}"), kernel_text(list))
+            .map_err(|error| Failure::new(FailureKind::Invalid, format!("{field}: {}: {error}", words(list))))?;
+    }
+    Ok(())
 }
 
 /// Inside a user namespace this process is still the guest's root, which is nobody there.
