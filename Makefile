@@ -13,7 +13,7 @@ IMAGE := $(CURDIR)/target/image
 OCI := $(CURDIR)/target/oci
 SUITES := $(CURDIR)/target/suites
 # What needs a host with KVM. Everything is compiled as one selection (--workspace), hence once.
-SUITE_TESTS := package(caisson-vm-tests) | package(caisson-e2e)
+SUITE_TESTS := (package(caisson-vm-tests) | package(caisson-e2e)) & kind(test)
 PROGRAMS := caisson-vmm caisson-fsd containerd-shim-caisson-v2 caisson caisson-agent
 NESTED := $(BIN)/nested-host
 
