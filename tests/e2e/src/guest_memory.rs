@@ -43,23 +43,22 @@ pub fn spoil_agent(monitor: i32) {
     let pages: HashSet<&[u8]> = initramfs[begin..].chunks_exact(PAGE).filter(|page| busy(page)).map(mark).collect();
     let undefined = UNDEFINED.repeat(PAGE / 2);
     let (mut spoilt, mut block) = (0, vec![0; 1 << 20]);
-    for region in regions(monitor, "memfd:caisson-guest") {
-        let path = format!("/proc/{monitor}/map_files/{:x}-{:x}", region.start, region.end);
-        let file = File::options().read(true).write(true).open(&path);
-        let file = file.unwrap_or_else(|error| panic!("{path}: {error}"));
-        // Only what the guest has touched: the rest is a hole.
-        let mut at = 0;
-        while let Ok(data) = seek(&file, SeekFrom::Data(at)) {
-            let hole = seek(&file, SeekFrom::Hole(data)).expect("a file ends in a hole");
-            at = (data + block.len() as u64).min(hole);
-            let here = &mut block[..(at - data) as usize];
-            file.read_exact_at(here, data).expect("the guest's memory can be read");
-            for (index, page) in here.chunks_exact(PAGE).enumerate() {
-                if pages.contains(mark(page)) {
-                    let place = data + (index * PAGE) as u64;
-                    file.write_all_at(&undefined, place).expect("the guest's memory can be written");
-                    spoilt += 1;
-                }
+    // Each region leads to the whole file.
+    let regions = regions(monitor, "memfd:caisson-guest");
+    let path = format!("/proc/{monitor}/map_files/{:x}-{:x}", regions[0].start, regions[0].end);
+    let file = File::options().read(true).write(true).open(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    // Only what the guest has touched: the rest is a hole.
+    let mut at = 0;
+    while let Ok(data) = seek(&file, SeekFrom::Data(at)) {
+        let hole = seek(&file, SeekFrom::Hole(data)).expect("a file ends in a hole");
+        at = (data + block.len() as u64).min(hole);
+        let here = &mut block[..(at - data) as usize];
+        file.read_exact_at(here, data).expect("the guest's memory can be read");
+        for (index, page) in here.chunks_exact(PAGE).enumerate() {
+            if pages.contains(mark(page)) {
+                let place = data + (index * PAGE) as u64;
+                file.write_all_at(&undefined, place).expect("the guest's memory can be written");
+                spoilt += 1;
             }
         }
     }
