@@ -75,15 +75,27 @@ fn mark(page: &[u8]) -> &[u8] {
     &page[PAGE / 2..PAGE / 2 + 16]
 }
 
-/// Ends the kernel: not even its handler for what cannot be run can be run.
+/// Ends the kernel: its table of handlers is emptied, so that the next interrupt or exception is a triple fault.
 pub fn spoil_kernel(monitor: i32) {
     let path = format!("/proc/{monitor}/mem");
-    let memory = File::options().write(true).open(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    let undefined = UNDEFINED.repeat(PAGE / 2);
-    for Region { start, end } in regions(monitor, "/vmlinux") {
+    let memory = File::options().read(true).write(true).open(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let (mut found, mut page) = (0, [0; PAGE]);
+    // Known before the first is written: the monitor may be gone right after.
+    let regions: Vec<Region> =
+        ["memfd:caisson-guest", "/vmlinux"].into_iter().flat_map(|name| regions(monitor, name)).collect();
+    for Region { start, end } in regions {
         for place in (start..end).step_by(PAGE) {
-            // What the kernel gave back after its start may be gone from the mapping.
-            let _ = memory.write_all_at(&undefined, place);
+            if memory.read_exact_at(&mut page, place).is_ok() && is_handler_table(&page) {
+                memory.write_all_at(&[0; PAGE], place).expect("the guest's memory can be written");
+                found += 1;
+            }
         }
     }
+    assert!(found > 0, "the guest's kernel has no table of handlers yet");
+}
+
+/// An IDT of 64-bit Linux (AMD64 Architecture Programmer's Manual, volume 2, 4.8.4): 256 gates of 16 bytes, each present, for the
+/// kernel's code segment, to an address in the kernel's half.
+fn is_handler_table(page: &[u8; PAGE]) -> bool {
+    page.chunks_exact(16).take(32).all(|gate| gate[2..4] == [0x10, 0] && gate[5] & 0x9e == 0x8e && gate[11] == 0xff)
 }
