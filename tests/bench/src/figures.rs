@@ -1,7 +1,8 @@
 //! Figures with a name, and the report that they make.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
+use caisson_e2e::Runtime;
 use serde::{Deserialize, Serialize};
 
 /// One measured quantity.
@@ -61,6 +62,32 @@ impl Report {
             let _ = writeln!(text, "{name:<36} {median:>10.3} {min:>10.3} {max:>10.3}  {unit:<4} {runs:>4}");
         }
         text
+    }
+}
+
+/// The times that something took with each runtime in turn.
+#[derive(Default)]
+pub struct Pair {
+    caisson: Vec<f64>,
+    runc: Vec<f64>,
+}
+
+impl Pair {
+    /// Adds one.
+    pub fn push(&mut self, runtime: Runtime, time: Duration) {
+        let times = match runtime {
+            Runtime::Caisson => &mut self.caisson,
+            Runtime::Runc => &mut self.runc,
+        };
+        times.push(time.as_secs_f64() * 1000.0);
+    }
+
+    /// Adds three figures: `<name>_caisson_ms`, `<name>_runc_ms` and, of each two, `<name>_<ratio>`.
+    pub fn report(&self, report: &mut Report, name: &str, ratio: &str) {
+        report.add(&format!("{name}_caisson_ms"), &self.caisson, "ms");
+        report.add(&format!("{name}_runc_ms"), &self.runc, "ms");
+        let ratios: Vec<f64> = self.caisson.iter().zip(&self.runc).map(|(caisson, runc)| caisson / runc).collect();
+        report.add(&format!("{name}_{ratio}"), &ratios, "x");
     }
 }
 

@@ -13,7 +13,10 @@ use caisson_e2e::{
     wait::STEP,
 };
 
-use crate::{figures::Report, memory::Memory};
+use crate::{
+    figures::{Pair, Report},
+    memory::Memory,
+};
 
 /// Our host programs.
 pub const PROGRAMS: [&str; 3] = ["containerd-shim-caisson-v2", "caisson-vmm", "caisson-fsd"];
@@ -37,7 +40,7 @@ pub fn all(runs: u32, only_runc: bool) -> Result<Report> {
     let mut report = Report::default();
     let mut host = Host::start(Runtime::Runc, Setup::default());
     let runtimes: &[Runtime] = if only_runc { &[Runtime::Runc] } else { &[Runtime::Caisson, Runtime::Runc] };
-    let mut times = [Vec::new(), Vec::new()];
+    let mut times = Pair::default();
     // One of each to warm up: programs and images come into the page cache, which no figure is about.
     for round in 0..=runs {
         for runtime in runtimes {
@@ -45,15 +48,11 @@ pub fn all(runs: u32, only_runc: bool) -> Result<Report> {
             let name = format!("{}-{round}", if *runtime == Runtime::Caisson { "caisson" } else { "runc" });
             let time = run_echo(&host, &name)?;
             if round > 0 {
-                times[*runtime as usize].push(time.as_secs_f64() * 1000.0);
+                times.push(*runtime, time);
             }
         }
     }
-    let [caisson, runc] = times;
-    let ratios: Vec<f64> = caisson.iter().zip(&runc).map(|(caisson, runc)| caisson / runc).collect();
-    report.add("ctr_run_caisson_ms", &caisson, "ms");
-    report.add("ctr_run_runc_ms", &runc, "ms");
-    report.add("ctr_run_ratio_cold", &ratios, "x");
+    times.report(&mut report, "ctr_run", "ratio_cold");
     if !only_runc {
         stages(&mut report, &host.containerd.log(), runs as usize)?;
         host.runtime = Runtime::Caisson;

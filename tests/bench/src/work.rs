@@ -11,35 +11,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::{Finished, Host, Runtime, process::Running, until, wait::STEP, wait::long};
 
-use crate::figures::Report;
+use crate::figures::{Pair, Report};
 
 /// Pods that [`many`] starts, and how many of them at a time.
 const PODS: usize = 50;
 const AT_A_TIME: usize = 8;
-
-/// The time that something took with each runtime in turn, milliseconds.
-#[derive(Default)]
-struct Pair {
-    caisson: Vec<f64>,
-    runc: Vec<f64>,
-}
-
-impl Pair {
-    fn push(&mut self, runtime: Runtime, time: Duration) {
-        let times = match runtime {
-            Runtime::Caisson => &mut self.caisson,
-            Runtime::Runc => &mut self.runc,
-        };
-        times.push(time.as_secs_f64() * 1000.0);
-    }
-
-    fn report(&self, report: &mut Report, name: &str) {
-        report.add(&format!("{name}_caisson_ms"), &self.caisson, "ms");
-        report.add(&format!("{name}_runc_ms"), &self.runc, "ms");
-        let ratios: Vec<f64> = self.caisson.iter().zip(&self.runc).map(|(caisson, runc)| caisson / runc).collect();
-        report.add(&format!("{name}_ratio"), &ratios, "x");
-    }
-}
 
 /// Measures everything here.
 ///
@@ -58,15 +34,15 @@ pub fn all(report: &mut Report, host: &mut Host, runtimes: &[Runtime], runs: u32
             }
         }
     }
-    exec.report(report, "ctr_exec");
-    end.report(report, "kill_to_exit_event");
+    exec.report(report, "ctr_exec", "ratio");
+    end.report(report, "kill_to_exit_event", "ratio");
 
     let mut crowd = Pair::default();
     for &runtime in runtimes {
         host.runtime = runtime;
         crowd.push(runtime, many(host)?);
     }
-    crowd.report(report, "pods_50_by_8");
+    crowd.report(report, "pods_50_by_8", "ratio");
     Ok(())
 }
 

@@ -172,9 +172,7 @@ impl Monitor {
         let ended = runtime.block_on(async { tokio::time::timeout(limit, self.process.wait()).await });
         ended.expect("caisson-vmm's process ends in time").expect("waiting for a child")
     }
-}
 
-impl Monitor {
     /// The counters of a machine that may be dead; None if there is no answer soon.
     fn last_stats(&mut self) -> Option<MachineStats> {
         let command = encode(&Command { id: self.next_id, request: Request::Stats }).ok()?;
