@@ -108,7 +108,8 @@ impl Prepared {
         let spec = self.accept(spec)?;
         self.accept(binds::check(&spec.binds))?;
         self.provision.host = Some(enter_mount_namespace().map_err(|error| error.to_string())?);
-        let pod = launch::Pod { namespace: &flags.namespace, id: &flags.id, spec: &spec };
+        let socket = self.paths.socket(&flags.address, &flags.namespace, &flags.id);
+        let pod = launch::Pod { namespace: &flags.namespace, id: &flags.id, bundle, socket: &socket, spec: &spec };
         let launched = match launch(config, &self.paths, pod, log.as_fd()) {
             Err(LaunchError::Cgroup(error)) if error.is_refusal() => self.accept(Err(error))?,
             launched => launched.map_err(|error| error.to_string())?,

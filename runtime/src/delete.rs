@@ -18,8 +18,9 @@ use crate::{
     flags::Flags,
     hooks,
     lifecycle::KILLED,
+    orphans,
     paths::{PodPaths, allow_missing},
-    processes,
+    processes::{self, Member},
 };
 
 /// How long killed processes may take to be gone.
@@ -32,19 +33,19 @@ const LIMIT: Duration = Duration::from_secs(5);
 pub fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
     flags.check_names()?;
     let bundle = if flags.bundle.is_empty() { PathBuf::from(".") } else { PathBuf::from(&flags.bundle) };
-    let paths = PodPaths::new(&state_dir(&bundle), &flags.namespace, &flags.id);
-    let members = processes::recorded(&paths.processes());
-    let left = processes::end(&members, LIMIT);
-    let cgroup = cgroup::recorded(&paths.cgroup()).map_or(Ok(()), |path| cgroup::remove(&path));
-    allow_missing(fs::remove_file(paths.socket(&flags.address, &flags.namespace, &flags.id)))?;
-    remove(&paths)?;
-    if !left.is_empty() {
-        anyhow::bail!("processes of pod {} outlived SIGKILL for {LIMIT:?}: {left:?}", flags.id);
-    }
-    cgroup?;
+    let state_dir = state_dir(&bundle);
+    let paths = PodPaths::new(&state_dir, &flags.namespace, &flags.id);
+    let members = clear(&paths, &paths.socket(&flags.address, &flags.namespace, &flags.id))?;
     for failed in hooks::run_owed(&fs::canonicalize(&bundle).unwrap_or(bundle)) {
         // containerd logs what this command says.
         eprintln!("a hook failed: {failed}");
+    }
+    for orphan in orphans::find(&state_dir) {
+        let pod = orphan.paths.pod().display();
+        match clear(&orphan.paths, &orphan.socket) {
+            Ok(_) => eprintln!("removed what an earlier shim left in {pod}"),
+            Err(error) => eprintln!("what an earlier shim left in {pod} stays: {error:#}"),
+        }
     }
     let response = DeleteResponse {
         pid: members.iter().find(|member| member.role == "vmm").map_or(0, |member| member.pid),
@@ -53,6 +54,20 @@ pub fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         ..DeleteResponse::default()
     };
     Ok(response.write_to_bytes()?)
+}
+
+/// Ends what is left of a pod and removes its places; who belonged to it.
+fn clear(paths: &PodPaths, socket: &Path) -> anyhow::Result<Vec<Member>> {
+    let members = processes::recorded(&paths.processes());
+    let left = processes::end(&members, LIMIT);
+    let cgroup = cgroup::recorded(&paths.cgroup()).map_or(Ok(()), |path| cgroup::remove(&path));
+    allow_missing(fs::remove_file(socket))?;
+    remove(paths)?;
+    if !left.is_empty() {
+        anyhow::bail!("processes of {} outlived SIGKILL for {LIMIT:?}: {left:?}", paths.pod().display());
+    }
+    cgroup?;
+    Ok(members)
 }
 
 /// The kernel takes a mount namespace down a moment after its last process has ended; until then its mount points are busy.
@@ -98,7 +113,12 @@ mod tests {
         fs::create_dir_all(paths.sockets()).unwrap();
         fs::write(&socket, "").unwrap();
         fs::write(bundle.path().join("address"), format!("unix://{}", socket.display())).unwrap();
-        paths.create().unwrap();
+        paths.create(bundle.path(), &socket).unwrap();
+        // A shim that was killed before containerd had heard of it.
+        let orphan = PodPaths::new(state.path(), "ns", "two");
+        let its_socket = orphan.socket("/c.sock", "ns", "two");
+        fs::write(&its_socket, "").unwrap();
+        orphan.create(Path::new("/no/such/bundle"), &its_socket).unwrap();
         let mut vmm = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
         let member = processes::Member::of("vmm", vmm.id()).unwrap();
         processes::record(&paths.processes(), std::slice::from_ref(&member)).unwrap();
@@ -109,5 +129,6 @@ mod tests {
         }
         assert!(!reaper.join().unwrap().success());
         assert!(!socket.exists() && !paths.pod().exists());
+        assert!(!its_socket.exists() && !orphan.pod().exists(), "the orphan went with it");
     }
 }

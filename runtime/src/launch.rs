@@ -82,6 +82,10 @@ pub struct Pod<'a> {
     pub namespace: &'a str,
     /// Its id.
     pub id: &'a str,
+    /// Its bundle, an absolute path.
+    pub bundle: &'a Path,
+    /// What its shim listens on.
+    pub socket: &'a Path,
     /// The specification of its first container.
     pub spec: &'a BundleSpec,
 }
@@ -107,7 +111,8 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     host::check_kvm()?;
     let kernel = host::open_kernel(&config.kernel)?;
     let initramfs = host::open_initramfs(&config.initramfs)?;
-    paths.create().map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
+    let created = paths.create(pod.bundle, pod.socket);
+    created.map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
     let allotment = allot(config, paths, pod)?;
     let cgroup = allotment.cgroup().open()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;

@@ -8,7 +8,7 @@
 //!     │                                    ├──► share, mount (root file systems)
 //!     │ ◄── events ────────────────────────┤
 //!     │ ◄═══ FIFOs ═══ stdio ══════════════┘
-//!     └─delete─► delete (after the end, whatever it was)
+//!     └─delete─► delete (after the end, whatever it was), orphans (pods that containerd forgot)
 //! ```
 //!
 //! Pure, with property tests: [`flags`], [`lifecycle`], [`tasks`], [`mount`]'s plans, [`config`], [`spec`], [`options`],
@@ -36,6 +36,7 @@ pub mod machine;
 pub mod metrics;
 pub mod mount;
 pub mod options;
+pub mod orphans;
 pub mod paths;
 pub mod pod;
 pub mod processes;

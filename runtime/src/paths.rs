@@ -9,14 +9,16 @@
 //!     staging                          mount point (likewise) where a mount is fettered before anybody sees it
 //!     processes                        who belongs to the pod, for the clean-up after a crash
 //!     cgroup                           the pod's cgroup, for the same
+//!     bundle, socket                   links to containerd's bundle and to the pod's socket, for [`crate::orphans`]
 //! ```
 //!
 //! Names below are fixed, so that clean-up removes exactly these and never walks a tree in which something of
 //! somebody else may be mounted.
 
 use std::{
-    fs, io,
-    os::unix::fs::DirBuilderExt,
+    fs::{self, File},
+    io,
+    os::unix::fs::{DirBuilderExt, symlink},
     path::{Path, PathBuf},
 };
 
@@ -75,6 +77,16 @@ impl PodPaths {
         self.pod.join("cgroup")
     }
 
+    /// See the module's picture.
+    pub fn bundle_link(&self) -> PathBuf {
+        self.pod.join("bundle")
+    }
+
+    /// See the module's picture.
+    pub fn socket_link(&self) -> PathBuf {
+        self.pod.join("socket")
+    }
+
     /// The socket for the pod `id` of the containerd at `address`: the name is a hash because a socket's path has
     /// room for 107 bytes only (sockaddr_un in linux/un.h).
     pub fn socket(&self, address: &str, namespace: &str, id: &str) -> PathBuf {
@@ -83,27 +95,56 @@ impl PodPaths {
         self.sockets().join(name + ".sock")
     }
 
-    /// Makes the pod's directories. What an earlier pod of this name left behind is removed first.
+    /// The pods that have a directory in `state_dir`.
+    pub fn all(state_dir: &Path) -> impl Iterator<Item = Self> {
+        let namespaces = directories(state_dir).collect::<Vec<_>>().into_iter();
+        namespaces.flat_map(|namespace| directories(&namespace).collect::<Vec<_>>()).map({
+            let state_dir = state_dir.to_owned();
+            move |pod| Self { state_dir: state_dir.clone(), pod }
+        })
+    }
+
+    /// Makes the pod's directories, for the bundle and the socket that are its own. What an earlier pod of this name left
+    /// behind is removed first.
     ///
     /// # Errors
     /// What the file system says.
-    pub fn create(&self) -> io::Result<()> {
-        self.remove()?;
+    pub fn create(&self, bundle: &Path, socket: &Path) -> io::Result<()> {
         let mut private = fs::DirBuilder::new();
         private.mode(0o700);
         let namespace = self.pod.parent().unwrap_or(&self.state_dir);
-        // The last pod of the namespace that is just ending may take the namespace's directory away in between.
         let mut tries = 0;
         while let Err(error) = private.create(&self.pod) {
             tries += 1;
-            if error.kind() != io::ErrorKind::NotFound || tries > 100 {
-                return Err(error);
+            match error.kind() {
+                _ if tries > 100 => return Err(error),
+                // The last pod of the namespace that is just ending may take the namespace's directory away in between.
+                io::ErrorKind::NotFound => fs::DirBuilder::new().recursive(true).mode(0o711).create(namespace)?,
+                io::ErrorKind::AlreadyExists => {
+                    let _lock = self.lock()?;
+                    self.remove()?;
+                }
+                _ => return Err(error),
             }
-            fs::DirBuilder::new().recursive(true).mode(0o711).create(namespace)?;
         }
+        symlink(bundle, self.bundle_link())?;
+        symlink(socket, self.socket_link())?;
         private.create(self.shared())?;
         private.create(self.view())?;
         private.create(self.staging())
+    }
+
+    /// Waits until nobody else removes what a dead pod left, and keeps others from it. None if there is nothing.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn lock(&self) -> io::Result<Option<File>> {
+        let directory = match File::open(&self.pod) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        directory.lock()?;
+        Ok(Some(directory))
     }
 
     /// Removes the pod's directories and the namespace's, if it was the last pod there. What is already gone is fine.
@@ -111,11 +152,12 @@ impl PodPaths {
     /// # Errors
     /// What the file system says, EBUSY if something is still mounted.
     pub fn remove(&self) -> io::Result<()> {
-        for file in [self.vsock(), self.processes(), self.cgroup()] {
-            allow_missing(fs::remove_file(file))?;
-        }
         for directory in [self.shared(), self.view(), self.staging()] {
             allow_missing(fs::remove_dir(directory))?;
+        }
+        // By its bundle's link a dead pod is found: the last of it that goes.
+        for file in [self.vsock(), self.processes(), self.cgroup(), self.socket_link(), self.bundle_link()] {
+            allow_missing(fs::remove_file(file))?;
         }
         allow_missing(fs::remove_dir(&self.pod))?;
         if let Some(namespace) = self.pod.parent() {
@@ -124,6 +166,12 @@ impl PodPaths {
         }
         Ok(())
     }
+}
+
+/// The directories in a directory; none if it cannot be read.
+fn directories(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
 }
 
 /// Takes "it is not there" for success.
@@ -145,11 +193,14 @@ mod tests {
     fn directories_come_and_go_and_a_stale_pod_is_replaced() {
         let state = tempfile::tempdir().unwrap();
         let pod = PodPaths::new(state.path(), "ns", "one");
-        pod.create().unwrap();
+        let create = || pod.create(Path::new("/bundle"), Path::new("/socket"));
+        create().unwrap();
         fs::write(pod.processes(), "").unwrap();
         fs::write(pod.cgroup(), "").unwrap();
         fs::write(pod.vsock(), "").unwrap();
-        pod.create().unwrap();
+        create().unwrap();
+        assert_eq!(PodPaths::all(state.path()).collect::<Vec<_>>(), [pod.clone()]);
+        assert_eq!(fs::read_link(pod.bundle_link()).unwrap(), Path::new("/bundle"));
         assert!(pod.shared().is_dir() && !pod.vsock().exists());
         pod.remove().unwrap();
         pod.remove().unwrap();
@@ -160,7 +211,7 @@ mod tests {
     fn clean_up_never_removes_what_it_did_not_make() {
         let state = tempfile::tempdir().unwrap();
         let pod = PodPaths::new(state.path(), "ns", "one");
-        pod.create().unwrap();
+        pod.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
         fs::write(pod.shared().join("somebody's"), "").unwrap();
         assert!(pod.remove().is_err());
         assert!(pod.shared().join("somebody's").exists());

@@ -266,7 +266,7 @@ mod tests {
     fn share(state: &Path) -> Share {
         enter_mount_namespace().expect("these tests run as root");
         let paths = PodPaths::new(state, "ns", "pod");
-        paths.create().unwrap();
+        paths.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
         Share::mount(&paths).unwrap()
     }
 

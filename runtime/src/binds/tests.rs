@@ -24,7 +24,7 @@ fn stage() -> Stage {
     enter_mount_namespace().expect("these tests run as root");
     let state = tempfile::tempdir().unwrap();
     let paths = PodPaths::new(state.path(), "ns", "pod");
-    paths.create().unwrap();
+    paths.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
     let share = Share::mount(&paths).unwrap();
     fs::create_dir(state.path().join("host")).unwrap();
     fs::create_dir(paths.shared().join("one")).unwrap();

@@ -12,13 +12,21 @@ use std::{
     ffi::OsString,
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::ffi::{OsStrExt, OsStringExt},
+    os::{
+        fd::AsFd,
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::FileExt,
+        },
+    },
     path::{Path, PathBuf},
-    thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::statfs::{CGROUP2_SUPER_MAGIC, statfs},
+};
 
 use crate::paths::allow_missing;
 use limits::Setting;
@@ -27,9 +35,10 @@ use limits::Setting;
 pub const MOUNT: &str = "/sys/fs/cgroup";
 /// The controllers that limits need; those that a host lacks are only missed by who asks for them.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
-/// A killed process leaves its cgroup a moment after it is gone; that long removing is tried, in steps.
-const REMOVE_STEP: Duration = Duration::from_millis(5);
-const REMOVE_STEPS: u32 = 200;
+/// A killed process leaves its cgroup a moment after it is gone; that long removing waits.
+const REMOVE_LIMIT: Duration = Duration::from_secs(1);
+/// More than cgroup.events has, bytes.
+const MAX_EVENTS: usize = 256;
 
 /// A cgroup that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -242,15 +251,31 @@ pub fn recorded(file: &Path) -> Option<PathBuf> {
 /// # Errors
 /// EBUSY if something stays in it.
 pub fn remove(path: &Path) -> Result<(), CgroupError> {
-    let mut steps = 0;
+    let mut removed = allow_missing(fs::remove_dir(path));
+    if removed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy) {
+        removed = wait_until_empty(path).and_then(|()| allow_missing(fs::remove_dir(path)));
+    }
+    removed.map_err(system("remove the cgroup", path))
+}
+
+/// Waits, [`REMOVE_LIMIT`] at most, until no process is in a cgroup or below it. The kernel tells a change as an
+/// exceptional condition of cgroup.events (Documentation/admin-guide/cgroup-v2.rst, "\[Un\]populated Notification").
+fn wait_until_empty(path: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + REMOVE_LIMIT;
+    let events = match File::open(path.join("cgroup.events")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened?,
+    };
+    let mut text = [0; MAX_EVENTS];
     loop {
-        match allow_missing(fs::remove_dir(path)) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && steps < REMOVE_STEPS => {
-                steps += 1;
-                thread::sleep(REMOVE_STEP);
-            }
-            removed => return removed.map_err(system("remove the cgroup", path)),
+        let length = events.read_at(&mut text, 0)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if !says_populated(&String::from_utf8_lossy(text.get(..length).unwrap_or_default())) || left.is_zero() {
+            return Ok(());
         }
+        let mut changed = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        // A signal that interrupts it only makes another round.
+        let _ = poll(&mut changed, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
     }
 }
 
@@ -269,8 +294,12 @@ fn enable(directory: &Path) {
 /// Whether a process is in a cgroup or below it.
 fn is_populated(path: &Path) -> Result<bool, CgroupError> {
     let file = path.join("cgroup.events");
-    let events = fs::read_to_string(&file).map_err(system("read", &file))?;
-    Ok(events.lines().any(|line| line == "populated 1"))
+    Ok(says_populated(&fs::read_to_string(&file).map_err(system("read", &file))?))
+}
+
+/// Whether cgroup.events names a process.
+fn says_populated(events: &str) -> bool {
+    events.lines().any(|line| line == "populated 1")
 }
 
 #[cfg(test)]

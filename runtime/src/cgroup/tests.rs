@@ -87,12 +87,24 @@ fn what_a_crash_left_is_found_by_its_record_and_removed_when_its_processes_are_d
     fs::write(place.path().join("cgroup.procs"), left.id().to_string()).unwrap();
     std::mem::forget(cgroup);
     left.kill().unwrap();
-    let reaper = thread::spawn(move || left.wait().unwrap());
     remove(&recorded(&file).unwrap()).unwrap();
-    reaper.join().unwrap();
     assert!(!place.path().exists());
+    left.wait().unwrap();
     remove(&recorded(&file).unwrap()).expect("gone is fine");
     assert_eq!(recorded(&state.path().join("none")), None);
+}
+
+#[test]
+fn what_somebody_is_in_is_not_removed_and_nobody_waits_for_ever() {
+    let place = Place::new("busy");
+    let cgroup = place.create(&[]).unwrap();
+    let mut stays = Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+    fs::write(place.path().join("cgroup.procs"), stays.id().to_string()).unwrap();
+    let told = cgroup.remove().unwrap_err().to_string();
+    stays.kill().unwrap();
+    stays.wait().unwrap();
+    assert!(told.contains("remove the cgroup") && told.contains("busy"), "{told}");
+    remove(&place.path()).unwrap();
 }
 
 #[test]

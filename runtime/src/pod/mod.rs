@@ -199,8 +199,12 @@ impl Pod {
         self.end_streams().await;
         drop(lock(&self.share).take());
         let allotment = lock(&self.allotment).take();
-        if let Some(Err(error)) = allotment.map(Allotment::end) {
-            error!(self.log, "the pod left something behind"; "what" => "cgroup", "error" => %error);
+        if let Some(allotment) = allotment {
+            // It may have to wait for what somebody else has put into the cgroup.
+            let removed = tokio::task::spawn_blocking(move || allotment.end()).await;
+            if let Ok(Err(error)) = removed {
+                error!(self.log, "the pod left something behind"; "what" => "cgroup", "error" => %error);
+            }
         }
         self.ended.send_replace(true);
     }

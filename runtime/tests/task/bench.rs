@@ -112,7 +112,7 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         let (guest, agent) = guest::serve(directory.path()).await;
         let paths = PodPaths::new(&directory.path().join("state"), "ns", "pod");
-        paths.create().unwrap();
+        paths.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
         let share = Share::mount(&paths).unwrap();
 
         let containerd = Arc::new(Containerd::default());
