@@ -49,3 +49,7 @@ pub mod stdio;
 pub mod tasks;
 pub mod timeline;
 pub mod update;
+
+#[cfg(test)]
+#[path = "../tests/support/scratch.rs"]
+mod scratch;

@@ -261,10 +261,15 @@ impl Drop for Binds {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scratch::Scratch;
 
     /// Each test runs in a thread of its own, which may have a mount namespace of its own.
-    fn share(state: &Path) -> Share {
+    fn scratch() -> Scratch {
         enter_mount_namespace().expect("these tests run as root");
+        Scratch::new()
+    }
+
+    fn share(state: &Path) -> Share {
         let paths = PodPaths::new(state, "ns", "pod");
         paths.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
         Share::mount(&paths).unwrap()
@@ -272,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_rootfs_appears_in_the_view_which_itself_is_read_only() {
-        let state = tempfile::tempdir().unwrap();
+        let state = scratch();
         let share = share(state.path());
         let layer = state.path().join("layer");
         fs::create_dir(&layer).unwrap();
@@ -290,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_rootfs_and_what_came_with_it_has_no_devices_programs_or_set_id_bits_wherever_it_is_seen() {
-        let state = tempfile::tempdir().unwrap();
+        let state = scratch();
         let share = share(state.path());
         let layer = state.path().join("layer");
         fs::create_dir_all(layer.join("below")).unwrap();
@@ -314,7 +319,7 @@ mod tests {
 
     #[test]
     fn stacked_mounts_and_the_bundles_own_directory() {
-        let state = tempfile::tempdir().unwrap();
+        let state = scratch();
         let share = share(state.path());
         let (lower, upper, work) = (state.path().join("l"), state.path().join("u"), state.path().join("w"));
         for directory in [&lower, &upper, &work] {
@@ -341,9 +346,10 @@ mod tests {
         assert!(refused.contains("/no/such"), "{refused}");
         share.mount_rootfs("four", &[], &upper).expect("a refused one left nothing behind");
     }
+
     #[test]
     fn a_root_without_layers_is_refused_and_an_empty_one_is_served() {
-        let state = tempfile::tempdir().unwrap();
+        let state = scratch();
         let share = share(state.path());
         for options in [vec![], vec!["lowerdir=".to_owned()], vec!["lowerdir=/no/such".to_owned()]] {
             let overlay = Mount { kind: "overlay".into(), source: "overlay".into(), options: options.clone() };
@@ -362,7 +368,7 @@ mod tests {
 
     #[test]
     fn links_in_a_root_lead_the_shim_nowhere() {
-        let state = tempfile::tempdir().unwrap();
+        let state = scratch();
         let share = share(state.path());
         let (layer, outside) = (state.path().join("layer"), state.path().join("outside"));
         for directory in [&layer, &outside] {
@@ -398,7 +404,7 @@ mod tests {
 
     #[test]
     fn an_overlay_of_more_layers_than_a_page_names() {
-        let state = tempfile::tempdir().unwrap();
+        let state = scratch();
         let share = share(state.path());
         // An overlay's upper directory cannot lie on every file system; a tmpfs takes it.
         let layers = state.path().join("layers-".repeat(15));

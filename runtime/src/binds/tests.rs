@@ -10,19 +10,20 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     paths::PodPaths,
+    scratch::Scratch,
     share::{Binds, Share, enter_mount_namespace},
 };
 
 /// Each test runs in a thread of its own, which may have a mount namespace of its own.
 struct Stage {
-    state: tempfile::TempDir,
+    state: Scratch,
     share: Share,
     paths: PodPaths,
 }
 
 fn stage() -> Stage {
     enter_mount_namespace().expect("these tests run as root");
-    let state = tempfile::tempdir().unwrap();
+    let state = Scratch::new();
     let paths = PodPaths::new(state.path(), "ns", "pod");
     paths.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
     let share = Share::mount(&paths).unwrap();

@@ -42,7 +42,10 @@ use ttrpc::{
     context::{Context, with_duration},
 };
 
-use crate::guest::{self, Guest};
+use crate::{
+    guest::{self, Guest},
+    scratch::Scratch,
+};
 
 /// How long any one thing may take before the test gives up on it.
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -80,6 +83,7 @@ pub struct Bench {
     events_server: tokio::sync::Mutex<Option<Server>>,
     paths: PodPaths,
     directory: TempDir,
+    _state: Scratch,
     _servers: Vec<Server>,
 }
 
@@ -109,9 +113,9 @@ impl Bench {
     /// A pod whose machine is still on its way.
     pub async fn booting() -> Self {
         let host = enter_mount_namespace().expect("these tests run as root");
-        let directory = tempfile::tempdir().unwrap();
+        let (directory, state) = (tempfile::tempdir().unwrap(), Scratch::new());
         let (guest, agent) = guest::serve(directory.path()).await;
-        let paths = PodPaths::new(&directory.path().join("state"), "ns", "pod");
+        let paths = PodPaths::new(state.path(), "ns", "pod");
         paths.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
         let share = Share::mount(&paths).unwrap();
 
@@ -147,6 +151,7 @@ impl Bench {
             events_server: tokio::sync::Mutex::default(),
             paths,
             directory,
+            _state: state,
             _servers: vec![agent, server],
         };
         bench.start_containerd().await;

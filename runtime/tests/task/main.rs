@@ -7,6 +7,8 @@ mod guest;
 mod host;
 mod machine;
 mod restart;
+#[path = "../support/scratch.rs"]
+mod scratch;
 mod streams;
 
 use bench::{Bench, LIMIT, reader, refusal, within};
