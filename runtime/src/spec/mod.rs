@@ -67,7 +67,7 @@ pub enum SpecError {
 pub struct BundleSpec {
     /// Where it was read.
     path: PathBuf,
-    /// The file as it is, for the agent.
+    /// The file, for the agent.
     pub json: Vec<u8>,
     /// Its version, annotations: what hooks are told.
     pub version: String,
@@ -106,8 +106,15 @@ impl BundleSpec {
         if json.len() as u64 > MAX_SIZE {
             return Err(SpecError::TooLarge(path));
         }
-        let spec: Spec = serde_json::from_slice(&json)
-            .map_err(|error| SpecError::Malformed { path: path.clone(), message: error.to_string() })?;
+        let malformed =
+            |error: serde_json::Error| SpecError::Malformed { path: path.clone(), message: error.to_string() };
+        let spec: Spec = match serde_json::from_slice(&json) {
+            Ok(spec) => spec,
+            Err(error) => {
+                json = without_empty_seccomp(&json).ok_or_else(|| malformed(error))?;
+                serde_json::from_slice(&json).map_err(malformed)?
+            }
+        };
         let checked = Self::check(&spec, bundle, path.clone());
         let mut read = checked.map_err(|Complaint { field, message }| SpecError::Field { path, field, message })?;
         read.json = json;
@@ -203,6 +210,18 @@ impl BundleSpec {
         }
         if changed { serde_json::to_vec(&spec).map_err(malformed) } else { Ok(self.json.clone()) }
     }
+}
+
+/// A specification whose `linux.seccomp` says nothing, neither a default nor a rule, without it: to runc that is no
+/// profile, to the specification a mistake. None if it is no such one.
+fn without_empty_seccomp(json: &[u8]) -> Option<Vec<u8>> {
+    let mut spec: Value = serde_json::from_slice(json).ok()?;
+    let linux = spec.get_mut("linux")?.as_object_mut()?;
+    let seccomp = linux.get("seccomp")?.as_object()?;
+    let says_nothing = seccomp.get("defaultAction").is_none_or(|action| action == "")
+        && seccomp.get("syscalls").and_then(Value::as_array).is_none_or(Vec::is_empty);
+    says_nothing.then(|| linux.remove("seccomp"))?;
+    serde_json::to_vec(&spec).ok()
 }
 
 /// A field and what is wrong with it.

@@ -37,6 +37,22 @@ fn a_good_one_gives_its_root() {
 }
 
 #[test]
+fn a_seccomp_profile_that_says_nothing_is_none() {
+    let plain = read(spec().to_string().as_bytes()).unwrap();
+    for nothing in [json!({}), json!({ "defaultAction": "", "syscalls": [] }), json!({ "architectures": [] })] {
+        let mut spec = spec();
+        spec["linux"]["seccomp"] = nothing;
+        let read = read(spec.to_string().as_bytes()).unwrap();
+        let json = |json: &[u8]| serde_json::from_slice::<Value>(json).unwrap();
+        assert_eq!(json(&read.json), json(&plain.json));
+    }
+    let mut spec = spec();
+    spec["linux"]["seccomp"] = json!({ "syscalls": [{ "names": ["bpf"], "action": "SCMP_ACT_ERRNO" }] });
+    let told = read(spec.to_string().as_bytes()).unwrap_err().to_string();
+    assert!(told.contains("defaultAction"), "{told}");
+}
+
+#[test]
 fn each_fault_is_named() {
     type Fault = fn(&mut Value);
     let faults: [(Fault, &str); 27] = [
