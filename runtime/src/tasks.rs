@@ -2,7 +2,7 @@
 //! change of state and the news of it happen here together, under one lock, so the order of events is the order
 //! of changes. No I/O: the calls to the agent are the pod's ([`crate::pod`]).
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use containerd_shim_protos::{
     api::{StateResponse, Status as ApiStatus},
@@ -62,13 +62,22 @@ pub struct Entry {
     pub stdio: Stdio,
     /// Running, once it was created.
     pub copies: Option<Copies>,
+    /// One Delete at a time: the next waits for what becomes of it.
+    pub deleting: Arc<tokio::sync::Mutex<()>>,
     pid: u32,
     exit: watch::Sender<Option<Exit>>,
 }
 
 impl Entry {
     fn new(is_init: bool, stdio: Stdio) -> Self {
-        Self { process: Process::new(is_init), stdio, copies: None, pid: 0, exit: watch::Sender::new(None) }
+        Self {
+            process: Process::new(is_init),
+            stdio,
+            copies: None,
+            deleting: Arc::default(),
+            pid: 0,
+            exit: watch::Sender::new(None),
+        }
     }
 }
 

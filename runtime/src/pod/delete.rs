@@ -1,6 +1,9 @@
 //! Task.Delete: a process that has ended, or a container that was never started, goes out of the guest and out of the book.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use caisson_protos::agent::KillRequest;
 use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
@@ -25,8 +28,10 @@ impl Pod {
     /// Task.Delete.
     ///
     /// # Errors
-    /// NOT_FOUND, or FAILED_PRECONDITION while it runs.
+    /// NOT_FOUND, also after a Delete that came first, or FAILED_PRECONDITION while it runs.
     pub async fn delete(&self, name: &Name) -> Result<DeleteResponse, TaskError> {
+        let deleting = Arc::clone(&self.tasks().entry(name)?.deleting);
+        let _turn = deleting.lock().await;
         let (unstarted, pid) = {
             let mut tasks = self.tasks();
             let entry = tasks.entry(name)?;

@@ -267,3 +267,19 @@ async fn fifty_waits_for_a_process_that_ends_at_once_all_return() {
         assert_eq!(timeout(LIMIT, wait).await.expect("it returns").unwrap(), 7);
     }
 }
+
+#[tokio::test]
+async fn of_deletes_that_come_at_once_one_succeeds_and_the_others_find_nothing() {
+    let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["quick"])).await.unwrap();
+    bench.start("one", "").await.unwrap();
+    bench.wait("one", "").await.unwrap();
+    let answers = tokio::join!(bench.delete("one", ""), bench.delete("one", ""), bench.delete("one", ""));
+    let (deleted, others): (Vec<_>, Vec<_>) =
+        [answers.0, answers.1, answers.2].into_iter().partition(ttrpc::Result::is_ok);
+    assert_eq!(deleted.len(), 1);
+    for other in others {
+        assert_eq!(refusal(other).0, Code::NOT_FOUND);
+    }
+    assert_eq!(bench.events().await.iter().filter(|event| *event == "/tasks/delete").count(), 1);
+}
