@@ -52,7 +52,7 @@ fn abandoned(paths: &PodPaths) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
+    use std::{os::unix::net::UnixListener, slice};
 
     use super::*;
 
@@ -75,9 +75,9 @@ mod tests {
 
         let (dead, socket) = place("dead");
         dead.create(gone, &socket).unwrap();
-        assert_eq!(names(), [dead.clone()], "its socket is gone");
+        assert_eq!(names(), slice::from_ref(&dead), "its socket is gone");
         drop(UnixListener::bind(&socket).unwrap());
-        assert_eq!(names(), [dead.clone()], "nobody listens");
+        assert_eq!(names(), slice::from_ref(&dead), "nobody listens");
         drop(listener);
         assert_eq!(names().len(), 2);
         drop(bundle);

@@ -199,7 +199,7 @@ mod tests {
         fs::write(pod.cgroup(), "").unwrap();
         fs::write(pod.vsock(), "").unwrap();
         create().unwrap();
-        assert_eq!(PodPaths::all(state.path()).collect::<Vec<_>>(), [pod.clone()]);
+        assert_eq!(PodPaths::all(state.path()).collect::<Vec<_>>(), std::slice::from_ref(&pod));
         assert_eq!(fs::read_link(pod.bundle_link()).unwrap(), Path::new("/bundle"));
         assert!(pod.shared().is_dir() && !pod.vsock().exists());
         pod.remove().unwrap();

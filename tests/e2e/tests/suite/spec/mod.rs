@@ -8,6 +8,7 @@ mod devices;
 mod hooks;
 mod limits;
 mod mounts;
+mod namespaces;
 mod process;
 mod seccomp;
 mod through_ctr;
