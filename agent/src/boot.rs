@@ -18,8 +18,6 @@ use rustix::{
     process::{DumpableBehavior, set_dumpable_behavior},
 };
 
-use crate::sys;
-
 /// Where cgroup v2 is mounted.
 pub const CGROUP_MOUNT: &str = "/sys/fs/cgroup";
 
@@ -81,7 +79,7 @@ fn own_root() -> io::Result<()> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     let root = open_tree(CWD, "/", flags)?;
     let (read_only, nothing) = (MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty());
-    sys::mount_setattr(root.as_fd(), read_only, nothing, MountPropagationFlags::empty(), false)?;
+    caisson_mount::set_attributes(root.as_fd(), read_only, nothing, MountPropagationFlags::empty(), false)?;
     move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     rustix::process::fchdir(&root)?;
     Ok(rustix::process::chroot(".")?)

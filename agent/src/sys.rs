@@ -1,70 +1,10 @@
 //! The system calls that no crate wraps, but for bpf(2), which is in [`crate::cgroup::bpf`].
 
-use std::{io, os::fd::AsRawFd, os::fd::BorrowedFd};
+use std::io;
 
 use nix::sched::CloneFlags;
-use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 
 use crate::plan::SchedulerPlan;
-
-/// `struct mount_attr` of include/uapi/linux/mount.h, its first version.
-#[repr(C)]
-struct MountAttr {
-    attr_set: u64,
-    attr_clr: u64,
-    propagation: u64,
-    userns_fd: u64,
-}
-
-/// MOUNT_ATTR_IDMAP of the same.
-const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
-
-/// Changes the mount whose root `mount` is, and with `recursive` everything mounted below it.
-///
-/// # Errors
-/// What mount_setattr(2) says.
-pub fn mount_setattr(
-    mount: BorrowedFd<'_>,
-    set: MountAttrFlags,
-    clear: MountAttrFlags,
-    propagation: MountPropagationFlags,
-    recursive: bool,
-) -> io::Result<()> {
-    let attributes = MountAttr {
-        attr_set: u64::from(set.bits()),
-        attr_clr: u64::from(clear.bits()),
-        propagation: u64::from(propagation.bits()),
-        userns_fd: 0,
-    };
-    set_attributes(mount, &attributes, recursive)
-}
-
-/// Lets a mount that is mounted nowhere show the ids of its files as the user namespace `users` has them.
-///
-/// # Errors
-/// What mount_setattr(2) says: EINVAL for a file system that cannot do this.
-pub fn map_ids(mount: BorrowedFd<'_>, users: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
-    let userns_fd = u64::try_from(users.as_raw_fd()).map_err(io::Error::other)?;
-    let attributes = MountAttr { attr_set: MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd };
-    set_attributes(mount, &attributes, recursive)
-}
-
-fn set_attributes(mount: BorrowedFd<'_>, attributes: &MountAttr, recursive: bool) -> io::Result<()> {
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is a NUL-terminated literal, and the kernel reads exactly size_of::<MountAttr>() bytes of
-    // `attributes`.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            std::ptr::from_ref(attributes),
-            size_of::<MountAttr>(),
-        )
-    };
-    checked(result)
-}
 
 /// Sends signal `number` (1 to 64, real-time signals too) to `pid`.
 ///

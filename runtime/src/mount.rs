@@ -6,21 +6,19 @@
 //! then named relative to the directory that they share, which becomes the working directory for the one call.
 
 use std::{
-    ffi::{CStr, CString},
     io,
-    os::{
-        fd::{AsRawFd, BorrowedFd},
-        unix::ffi::OsStrExt,
-    },
+    os::fd::{AsFd, BorrowedFd},
     path::Path,
 };
 
+use caisson_mount::{NOSUID_NODEV_NOEXEC, set_attributes};
 use nix::{
     fcntl::{OFlag, open},
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::stat::Mode,
     unistd::{chdir, fchdir},
 };
+use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 
 /// One mount of a root file system.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -236,8 +234,9 @@ impl Mount {
 
 /// Gives nosuid, nodev and noexec to the mount at `path` and to all below it.
 fn fetter(path: &Path) -> io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    set_attributes(None, &path, NOSUID_NODEV_NOEXEC, 0)
+    let (nothing, unchanged) = (MountAttrFlags::empty(), MountPropagationFlags::empty());
+    let root = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    set_attributes(root.as_fd(), NOSUID_NODEV_NOEXEC, nothing, unchanged, true)
 }
 
 /// Gives them to a tree of mounts that is mounted nowhere yet, and cuts it off from what is mounted later where it was
@@ -246,39 +245,9 @@ fn fetter(path: &Path) -> io::Result<()> {
 /// # Errors
 /// The system call's.
 pub fn fetter_tree(tree: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
-    let read_only = if read_only { RDONLY } else { 0 };
-    set_attributes(Some(tree), c"", NOSUID_NODEV_NOEXEC | read_only, MsFlags::MS_PRIVATE.bits())
-}
-
-/// MOUNT_ATTR_RDONLY, include/uapi/linux/mount.h.
-const RDONLY: u64 = 0x1;
-/// MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC, ibidem.
-const NOSUID_NODEV_NOEXEC: u64 = 0x2 | 0x4 | 0x8;
-
-/// mount_setattr(2), recursively, on a path or on what a descriptor stands for (with an empty path).
-fn set_attributes(tree: Option<BorrowedFd<'_>>, path: &CStr, set: u64, propagation: u64) -> io::Result<()> {
-    /// `struct mount_attr`, ibidem.
-    #[repr(C)]
-    struct MountAttr {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        user_namespace: u64,
-    }
-    let attr = MountAttr { set, clear: 0, propagation, user_namespace: 0 };
-    let directory = tree.map_or(libc::AT_FDCWD, |tree| tree.as_raw_fd());
-    // SAFETY: the path is a C string and the structure has the length that is given; both outlive the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            directory,
-            path.as_ptr(),
-            libc::AT_RECURSIVE | libc::AT_EMPTY_PATH,
-            &raw const attr,
-            size_of::<MountAttr>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let nothing = MountAttrFlags::empty();
+    let read_only = if read_only { MountAttrFlags::MOUNT_ATTR_RDONLY } else { nothing };
+    set_attributes(tree, NOSUID_NODEV_NOEXEC | read_only, nothing, MountPropagationFlags::PRIVATE, true)
 }
 
 #[cfg(test)]

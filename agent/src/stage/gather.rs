@@ -20,9 +20,8 @@ use rustix::{
 };
 
 use super::{birth, inroot::find_beneath, mounts};
-use crate::{
-    plan::{DeviceKind, DevicePlan, Failure, FailureKind, InitPlan, MountPlan, MountSource, NamespaceKind, Trying},
-    sys,
+use crate::plan::{
+    DeviceKind, DevicePlan, Failure, FailureKind, InitPlan, MountPlan, MountSource, NamespaceKind, Trying,
 };
 
 /// Detached mounts.
@@ -116,7 +115,7 @@ fn bind(share: BorrowedFd<'_>, plan: &MountPlan, path: &Path, recursive: bool) -
     let mount = clone_tree(place.as_fd(), recursive).trying(named)?;
     if let Some(ids) = &plan.ids {
         let users = birth::user_namespace(&ids.maps)?;
-        sys::map_ids(mount.as_fd(), users.as_fd(), ids.recursive).map_err(|error| {
+        caisson_mount::map_ids(mount.as_fd(), users.as_fd(), ids.recursive).map_err(|error| {
             let problem = match error.raw_os_error() {
                 Some(libc::EINVAL | libc::EOPNOTSUPP) => "the file system cannot map ids in this guest".to_owned(),
                 _ => error.to_string(),
@@ -127,7 +126,7 @@ fn bind(share: BorrowedFd<'_>, plan: &MountPlan, path: &Path, recursive: bool) -
     for (attributes, recursive) in [(plan.attributes, false), (plan.recursive, true)] {
         let (set, clear) =
             (MountAttrFlags::from_bits_retain(attributes.set), MountAttrFlags::from_bits_retain(attributes.clear));
-        sys::mount_setattr(mount.as_fd(), set, clear, MountPropagationFlags::empty(), recursive)
+        caisson_mount::set_attributes(mount.as_fd(), set, clear, MountPropagationFlags::empty(), recursive)
             .map_err(|error| Failure::new(FailureKind::Invalid, format!("{}: options: {error}", named())))?;
     }
     mounts::spread(mount.as_fd(), &plan.propagation).trying(named)?;

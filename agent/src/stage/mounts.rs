@@ -19,7 +19,6 @@ use super::{copyup, inroot::Root};
 use crate::{
     plan::{Failure, FailureKind, MountPlan, MountSource, Trying},
     spec::mounts::COVERABLE,
-    sys,
 };
 
 /// PROC_SUPER_MAGIC of include/uapi/linux/magic.h.
@@ -176,7 +175,7 @@ pub(super) fn attach(mount: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()>
 /// Makes a mount read-only, with everything below it if `recursive`.
 pub(super) fn set_read_only(mount: BorrowedFd<'_>, recursive: bool) -> std::io::Result<()> {
     let (read_only, nothing) = (MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty());
-    sys::mount_setattr(mount, read_only, nothing, MountPropagationFlags::empty(), recursive)
+    caisson_mount::set_attributes(mount, read_only, nothing, MountPropagationFlags::empty(), recursive)
 }
 
 /// Changes how changes below the mount spread: MS_* each, in order.
@@ -185,6 +184,6 @@ pub(super) fn spread(mount: BorrowedFd<'_>, kinds: &[u32]) -> std::io::Result<()
     kinds.iter().try_for_each(|kind| {
         let kind = MountPropagationFlags::from_bits_retain(*kind);
         let recursive = kind.contains(MountPropagationFlags::REC);
-        sys::mount_setattr(mount, nothing, nothing, kind - MountPropagationFlags::REC, recursive)
+        caisson_mount::set_attributes(mount, nothing, nothing, kind - MountPropagationFlags::REC, recursive)
     })
 }

@@ -17,11 +17,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
+use caisson_mount::{NOSUID_NODEV_NOEXEC, set_attributes};
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, fstat, openat},
     mount::{
-        MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount, open_tree,
-        unmount,
+        MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount,
+        open_tree, unmount,
     },
     process::{
         Resource, Rlimit, Signal, chdir, fchdir, getrlimit, pivot_root, set_parent_process_death_signal, setrlimit,
@@ -58,8 +59,10 @@ pub fn enter(shared: OwnedFd) -> Result<Jail> {
     let proc_fds = open_proc_fds().context("opening /proc/self/fd")?;
     enter_namespace(&shared).context("making the shared directory the root directory")?;
     drop(shared);
-    restrict_mounts().context("making the shared mounts nosuid, nodev and noexec")?;
     let root = openat(CWD, c"/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let (nothing, unchanged) = (MountAttrFlags::empty(), MountPropagationFlags::empty());
+    set_attributes(root.as_fd(), NOSUID_NODEV_NOEXEC, nothing, unchanged, true)
+        .context("making the shared mounts nosuid, nodev and noexec")?;
     fchdir(&proc_fds).context("entering /proc/self/fd")?;
     drop_privileges()?;
     Ok(Jail { root, proc_fds, descriptors })
@@ -103,31 +106,6 @@ fn enter_namespace(shared: &OwnedFd) -> Result<()> {
     pivot_root(c".", c".").context("pivot_root")?;
     unmount(c".", UnmountFlags::DETACH).context("unmounting the host")?;
     Ok(chdir(c"/")?)
-}
-
-fn restrict_mounts() -> Result<()> {
-    /// struct mount_attr, include/uapi/linux/mount.h
-    #[repr(C)]
-    struct MountAttr {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        user_namespace: u64,
-    }
-    const NOSUID_NODEV_NOEXEC: u64 = 0x2 | 0x4 | 0x8;
-    let attr = MountAttr { set: NOSUID_NODEV_NOEXEC, clear: 0, propagation: 0, user_namespace: 0 };
-    // SAFETY: the path is a C string and the struct has the length that is given.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            c"/".as_ptr(),
-            libc::AT_RECURSIVE,
-            &raw const attr,
-            size_of::<MountAttr>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
 fn drop_privileges() -> Result<()> {
