@@ -8,6 +8,7 @@ pub mod cpus;
 pub mod guest;
 pub mod size;
 
+use caisson_protos::weights;
 use oci_spec::runtime::LinuxResources;
 
 use cpus::CpuList;
@@ -116,7 +117,7 @@ impl Asked {
             self.time = Some(CpuTime { quota, period: period.unwrap_or(DEFAULT_PERIOD) });
         }
         self.burst = cpu.burst().filter(|burst| *burst != 0);
-        self.weight = cpu.shares().filter(|shares| *shares != 0).map(weight);
+        self.weight = cpu.shares().filter(|shares| *shares != 0).map(weights::cpu);
         self.idle = cpu.idle().map(|idle| idle != 0);
         let list = |field: &str, text: &Option<String>| {
             let text = text.as_deref().filter(|text| !text.trim().is_empty());
@@ -159,11 +160,11 @@ impl Asked {
         }
         let mut add = |file: &str, line: String, name: &str| self.io.push((file.to_owned(), line, field(name)));
         if let Some(weight) = block.weight().filter(|weight| *weight != 0) {
-            add("io.weight", format!("default {}", io_weight(weight)), "weight");
+            add("io.weight", format!("default {}", weights::io(weight)), "weight");
         }
         for device in block.weight_device().iter().flatten() {
             if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
-                let line = format!("{}:{} {}", device.major(), device.minor(), io_weight(weight));
+                let line = format!("{}:{} {}", device.major(), device.minor(), weights::io(weight));
                 add("io.weight", line, "weightDevice");
             }
         }
@@ -233,16 +234,6 @@ fn cpu_max(text: &str, now: Option<CpuTime>) -> Option<CpuTime> {
         None => now.map_or(DEFAULT_PERIOD, |now| now.period),
     };
     words.next().is_none().then_some(CpuTime { quota, period })
-}
-
-/// From v1 shares (2 to 262144) to v2 weight (1 to 10000), linear, as runc documents it in docs/cgroup-v2.md.
-fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
-}
-
-/// From v1 (10 to 1000) to v2 (1 to 10000), likewise.
-fn io_weight(weight: u16) -> u64 {
-    1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990
 }
 
 #[cfg(test)]

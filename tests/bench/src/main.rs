@@ -1,17 +1,22 @@
 //! `caisson-bench`: what a pod costs in time and memory, beside a plain container of runc on the same containerd.
 //!
 //! ```text
-//! caisson-bench ──► nested-host --exact --in-ram ──► caisson-bench --inside      measures (measure.rs, memory.rs)
-//!      ▲                                                    │ one line of JSON on standard output
-//!      └── report.json, report.svg, a table ◄───────────────┘
+//! caisson-bench ──► nested-host --exact --in-ram ──► caisson-bench --inside alone    measure.rs, memory.rs, work.rs
+//!      │ ▲                                                 │ one line of JSON on standard output
+//!      │ └── report.json, report.svg, a table ◄────────────┤
+//!      └────► nested-host --in-ram ──────────► caisson-bench --inside crowd    crowd.rs
 //! ```
 //!
 //! The exact nested host has one processor and a clock that counts instructions, and everything that is measured lies in
 //! its memory, so the figures repeat to about a hundredth on any machine and ratios between runtimes mean something.
 //! Absolute times are those of a processor of one thousand million instructions a second.
 //!
+//! Many pods at the same time are measured in a host with a real clock: of several machines on an exact one, sooner or later one
+//! spins for ever on a sequence counter of its kernel (docs/decisions/0006-emulated-hosts.md). There the ratio alone counts.
+//!
 //! It needs the variables of the end-to-end tests (`CAISSON_BIN_DIR`, `CAISSON_IMAGE_DIR`, `CAISSON_OCI_DIR`).
 
+mod crowd;
 mod figures;
 mod measure;
 mod memory;
@@ -20,13 +25,14 @@ mod work;
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, ensure};
 use caisson_e2e::environment::{bin_dir, image_dir, oci_dir};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use figures::Report;
 
@@ -49,26 +55,46 @@ struct Arguments {
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
 
-    /// Measure on this very machine and print the report as one line: what the nested host runs
+    /// Measure on this very machine and print the report as one line: what a nested host runs
     #[arg(long, hide = true)]
-    inside: bool,
+    inside: Option<Part>,
 
     /// Measure runc alone
     #[arg(long, hide = true)]
     only_runc: bool,
 }
 
+/// What is measured in one nested host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// One pod at a time, in the exact host.
+    Alone,
+    /// Many pods, in a host with a real clock.
+    Crowd,
+}
+
 /// Marks the report among whatever else comes out of the nested host.
 const MARK: &str = "caisson-bench-report ";
+/// Marks what is measured next, for who waits.
+const PROGRESS: &str = "caisson-bench-progress ";
+
+/// Says what is measured next.
+fn progress(what: &str, round: u32, rounds: u32) {
+    println!("{PROGRESS}{what}: {round} of {rounds}");
+}
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if arguments.inside {
-        let report = measure::all(arguments.runs, arguments.only_runc)?;
+    if let Some(part) = arguments.inside {
+        let report = match part {
+            Part::Alone => measure::all(arguments.runs, arguments.only_runc)?,
+            Part::Crowd => crowd::all(arguments.only_runc)?,
+        };
         println!("{MARK}{}", serde_json::to_string(&report)?);
         return Ok(());
     }
-    let report = in_nested_host(&arguments)?;
+    let mut report = in_nested_host(&arguments, Part::Alone)?;
+    report.0.extend(in_nested_host(&arguments, Part::Crowd)?.0);
     fs::create_dir_all(&arguments.out).with_context(|| format!("make {}", arguments.out.display()))?;
     let write = |name: &str, text: String| {
         let path = arguments.out.join(name);
@@ -81,10 +107,13 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn in_nested_host(arguments: &Arguments) -> Result<Report> {
+fn in_nested_host(arguments: &Arguments, part: Part) -> Result<Report> {
     let own = std::env::current_exe().context("the path of this program")?;
     let mut command = Command::new(&arguments.nested_host);
-    command.args(["--exact", "--in-ram", "--mem", "3072", "--timeout", &arguments.timeout.to_string()]);
+    command.args(["--in-ram", "--mem", "3072", "--timeout", &arguments.timeout.to_string()]);
+    if part == Part::Alone {
+        command.arg("--exact");
+    }
     let mut programs: Vec<PathBuf> = ["containerd", "ctr", "containerd-shim-runc-v2", "runc"].map(PathBuf::from).into();
     programs.push(own.clone());
     let mut files = vec![oci_dir().join("busybox.tar")];
@@ -103,19 +132,34 @@ fn in_nested_host(arguments: &Arguments) -> Result<Report> {
     {
         command.env(name, absolute(&path)?);
     }
-    command.arg("--").arg(&own).args(["--inside", "--runs", &arguments.runs.to_string()]);
+    let name = match part {
+        Part::Alone => "alone",
+        Part::Crowd => "crowd",
+    };
+    command.arg("--").arg(&own).args(["--inside", name, "--runs", &arguments.runs.to_string()]);
     if arguments.only_runc {
         command.arg("--only-runc");
     }
-    let output = command
+    let mut host = command
         .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
+        .stdout(Stdio::piped())
+        .spawn()
         .with_context(|| format!("run {}", arguments.nested_host.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().find_map(|line| line.trim_end().strip_prefix(MARK));
-    ensure!(output.status.success() && line.is_some(), "the nested host ended with {}:\n{text}", output.status);
-    serde_json::from_str(line.unwrap_or_default()).context("read the report")
+    let (mut report, mut said) = (None, String::new());
+    for line in BufReader::new(host.stdout.take().context("the nested host has no output")?).split(b'\n') {
+        let line = line.context("read from the nested host")?;
+        let line = String::from_utf8_lossy(&line);
+        match line.trim_end().strip_prefix(MARK) {
+            Some(json) => report = Some(serde_json::from_str(json).context("read the report")?),
+            None => said = said + &line + "\n",
+        }
+        if let Some(progress) = line.trim_end().strip_prefix(PROGRESS) {
+            eprintln!("bench: {progress}");
+        }
+    }
+    let status = host.wait().context("wait for the nested host")?;
+    ensure!(status.success(), "the nested host ended with {status}:\n{said}");
+    report.with_context(|| format!("the nested host gave no report:\n{said}"))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

@@ -16,6 +16,7 @@ use caisson_e2e::{
 use crate::{
     figures::{Pair, Report},
     memory::Memory,
+    progress,
 };
 
 /// Our host programs.
@@ -43,6 +44,7 @@ pub fn all(runs: u32, only_runc: bool) -> Result<Report> {
     let mut times = Pair::default();
     // One of each to warm up: programs and images come into the page cache, which no figure is about.
     for round in 0..=runs {
+        progress("ctr run", round, runs);
         for runtime in runtimes {
             host.runtime = *runtime;
             let name = format!("{}-{round}", if *runtime == Runtime::Caisson { "caisson" } else { "runc" });
@@ -109,6 +111,7 @@ fn idle(report: &mut Report, host: &Host, runs: u32) -> Result<()> {
     let files: [&Path; 2] = [&kernel, &initramfs];
     let mut found: [Vec<Memory>; 3] = Default::default();
     for round in 0..runs {
+        progress("memory of an idle pod", round + 1, runs);
         let pod = host.container(&format!("idle-{round}")).start_idle();
         std::thread::sleep(Duration::from_secs(1));
         for (program, found) in PROGRAMS.iter().zip(&mut found) {

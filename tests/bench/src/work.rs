@@ -1,21 +1,14 @@
-//! What a pod costs after its start: a second program in it, its end, and many pods at the same time, each beside runc.
-//!
-//! In the exact host only the clock of one processor counts, so "at the same time" measures the whole of the work, not how
-//! well it spreads over processors.
+//! What a pod costs after its start: a second program in it, and its end, each beside runc.
 
-use std::{
-    collections::VecDeque,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use caisson_e2e::{Finished, Host, Runtime, process::Running, until, wait::STEP, wait::long};
+use caisson_e2e::{Finished, Host, Runtime, process::Running, wait::STEP};
 
-use crate::figures::{Pair, Report};
-
-/// Pods that [`many`] starts, and how many of them at a time.
-const PODS: usize = 50;
-const AT_A_TIME: usize = 8;
+use crate::{
+    figures::{Pair, Report},
+    progress,
+};
 
 /// Measures everything here.
 ///
@@ -25,6 +18,7 @@ pub fn all(report: &mut Report, host: &mut Host, runtimes: &[Runtime], runs: u32
     let (mut exec, mut end) = (Pair::default(), Pair::default());
     // The first round warms the page cache, as everywhere.
     for round in 0..=runs {
+        progress("exec and kill", round, runs);
         for &runtime in runtimes {
             host.runtime = runtime;
             let (exec_time, end_time) = exec_and_end(host, &format!("work-{}-{round}", runtime as usize))?;
@@ -36,13 +30,6 @@ pub fn all(report: &mut Report, host: &mut Host, runtimes: &[Runtime], runs: u32
     }
     exec.report(report, "ctr_exec", "ratio");
     end.report(report, "kill_to_exit_event", "ratio");
-
-    let mut crowd = Pair::default();
-    for &runtime in runtimes {
-        host.runtime = runtime;
-        crowd.push(runtime, many(host)?);
-    }
-    crowd.report(report, "pods_50_by_8", "ratio");
     Ok(())
 }
 
@@ -69,26 +56,4 @@ fn exec_and_end(host: &Host, name: &str) -> Result<(Duration, Duration)> {
     drop(events);
     host.expect_nothing_left();
     Ok((exec, end))
-}
-
-/// `ctr run --rm` of `echo` in [`PODS`] pods, [`AT_A_TIME`] of them at any time.
-fn many(host: &Host) -> Result<Duration> {
-    let mut running = VecDeque::new();
-    let begin = Instant::now();
-    for index in 0..PODS {
-        if running.len() == AT_A_TIME
-            && let Some(first) = running.pop_front()
-        {
-            Finished::of(first, long()).succeeded();
-        }
-        let container = host.container(&format!("many-{}-{index}", host.runtime as usize));
-        running.push_back(Running::start(&mut container.command(&["echo", "hello"])));
-    }
-    for last in running {
-        Finished::of(last, long()).succeeded();
-    }
-    let time = begin.elapsed();
-    until("the end of every pod", STEP, || host.processes().is_empty().then_some(()));
-    host.expect_nothing_left();
-    Ok(time)
 }

@@ -1,5 +1,6 @@
 //! `linux.resources`: blockIO, hugepageLimits, rdma, unified.
 
+use caisson_protos::weights;
 use oci_spec::runtime::{LinuxBlockIo, LinuxResources};
 
 use super::{
@@ -89,9 +90,8 @@ fn weights(device: Option<String>, weight: u16, field: String, limits: &mut Vec<
         Some(device) => format!("{device} {weight}"),
         None => weight.to_string(),
     };
-    let weight = u64::from(weight);
-    let bfq = ("io.bfq.weight".into(), value(weight));
-    let own = ("io.weight".into(), value(1 + (weight - 10) * 9999 / 990));
+    let bfq = ("io.bfq.weight".into(), value(weight.into()));
+    let own = ("io.weight".into(), value(weights::io(weight)));
     limits.push(Limit { choices: vec![bfq, own], field, need: Need::Must });
     Ok(())
 }

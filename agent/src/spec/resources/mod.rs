@@ -12,6 +12,7 @@ mod io;
 #[cfg(test)]
 mod tests;
 
+use caisson_protos::weights;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::{Result, SpecError, parse, refuse, text};
@@ -144,7 +145,7 @@ fn cpu_limits(cpu: &LinuxCpu, present: &Present, limits: &mut Vec<Limit>, notes:
             Some(1) => {
                 notes.push(format!("{field} has no effect: with linux.resources.cpu.idle the weight is the least"))
             }
-            _ => limits.push(Limit::new("cpu.weight", weight(shares).to_string(), field)),
+            _ => limits.push(Limit::new("cpu.weight", weights::cpu(shares).to_string(), field)),
         }
     }
     let burst = cpu.burst().map(|burst| Limit::new("cpu.max.burst", burst.to_string(), "linux.resources.cpu.burst"));
@@ -175,11 +176,6 @@ fn cpu_max(cpu: &LinuxCpu, present: &Present) -> Option<String> {
     let quota = quota.map_or_else(|| old_quota.to_owned(), or_max);
     let period = period.or_else(|| old_period.parse().ok()).unwrap_or(DEFAULT_PERIOD);
     Some(format!("{quota} {period}"))
-}
-
-/// From v1 shares (2 to 262144) to v2 weight (1 to 10000), linear.
-fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
 fn memory_limits(
