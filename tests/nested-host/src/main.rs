@@ -21,6 +21,7 @@ mod host;
 mod init;
 mod initrd;
 mod job;
+mod mended;
 mod modules;
 mod probe;
 mod qemu;

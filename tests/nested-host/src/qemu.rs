@@ -12,6 +12,8 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, bail};
 
+use crate::mended::Mended;
+
 /// What the nested host looks like.
 #[derive(Debug)]
 pub struct Machine {
@@ -103,7 +105,8 @@ pub fn start(
     let (stderr, stderr_in) = UnixStream::pair()?;
     let (console, console_in) = UnixStream::pair()?;
 
-    let mut command = Command::new("qemu-system-x86_64");
+    let qemu = Mended::find()?;
+    let mut command = qemu.command();
     let mut append = "console=ttyS0 panic=-1 quiet mitigations=off".to_owned();
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     command.args(["-M", "q35,memory-backend=mem", "-cpu", "max,+svm,-la57"]);
