@@ -10,7 +10,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::fs::CWD;
+use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, mount_move, move_mount, open_tree};
 
 use crate::job::{self, Job};
 use crate::report::Report;
@@ -143,6 +144,9 @@ fn move_tree(from: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 fn mounts(job: &Job) -> anyhow::Result<()> {
+    // The folder in which the command starts is there wherever it lies, also below what is about to be covered.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let start = open_tree(CWD, &job.cwd, flags).ok();
     for (kind, target, options) in [
         ("tmpfs", "/run", "mode=755"),
         ("tmpfs", "/tmp", "mode=1777"),
@@ -153,6 +157,11 @@ fn mounts(job: &Job) -> anyhow::Result<()> {
     ] {
         fs::create_dir_all(target).with_context(|| target.to_owned())?;
         filesystem(kind, target, kind, options)?;
+    }
+    if let Some(start) = start.filter(|_| !job.cwd.exists()) {
+        fs::create_dir_all(&job.cwd)?;
+        move_mount(&start, c"", CWD, &job.cwd, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .with_context(|| format!("uncovering {}", job.cwd.display()))?;
     }
     for (link, to) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         std::os::unix::fs::symlink(to, format!("/dev/{link}"))?;

@@ -44,9 +44,9 @@ const EXIT_BROKEN: u8 = 125;
 ///
 /// The exit status is the command's own; 124 says that it did not finish in time, 125 that the nested host failed.
 /// The command sees this machine's files (read-only, under a layer in memory: what it writes is lost, except below
-/// --rw folders); /tmp, /run and /dev/shm are empty tmpfs, and containerd's root must lie on one of them. Its working
-/// directory is the caller's; its environment is PATH, HOME, TERM, the caller's CAISSON_*, RUST_* and NEXTEST_*
-/// variables, and --env.
+/// --rw folders); /tmp, /run and /dev/shm are empty tmpfs but for its working directory, and containerd's root must lie
+/// on one of them. Its working directory is the caller's; its environment is PATH, HOME, TERM, the caller's CAISSON_*,
+/// RUST_* and NEXTEST_* variables, and --env.
 #[derive(Parser)]
 #[command(name = "nested-host", verbatim_doc_comment)]
 struct Args {
