@@ -12,9 +12,7 @@ use std::{fs, io, os::fd::AsFd, path::Path};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use rustix::{
     fs::{CWD, Mode, OFlags},
-    mount::{
-        MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree,
-    },
+    mount::{MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree},
     process::{DumpableBehavior, set_dumpable_behavior},
 };
 
@@ -78,8 +76,7 @@ fn standard_descriptors() -> io::Result<()> {
 fn own_root() -> io::Result<()> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     let root = open_tree(CWD, "/", flags)?;
-    let (read_only, nothing) = (MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty());
-    caisson_mount::set_attributes(root.as_fd(), read_only, nothing, MountPropagationFlags::empty(), false)?;
+    caisson_mount::restrict(root.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY, false)?;
     move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     rustix::process::fchdir(&root)?;
     Ok(rustix::process::chroot(".")?)

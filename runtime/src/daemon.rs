@@ -86,6 +86,8 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 /// What there is before the runtime: the machine, or why there is none.
 struct Prepared {
     paths: PodPaths,
+    /// What the daemon listens on.
+    socket: PathBuf,
     boot_limit: Duration,
     provision: Provision,
     launched: Result<Launched, String>,
@@ -95,8 +97,9 @@ impl Prepared {
     fn new(flags: &Flags, config: Result<Config, String>, bundle: &Path, log: &File) -> Self {
         let state_dir = config.as_ref().map_or_else(|_| Config::default().state_dir, |config| config.state_dir.clone());
         let paths = PodPaths::new(&state_dir, &flags.namespace, &flags.id);
+        let socket = paths.socket(&flags.address, &flags.namespace, &flags.id);
         let (boot_limit, provision) = (Duration::from_secs(30), Provision::default());
-        let mut prepared = Self { paths, boot_limit, provision, launched: Err(String::new()) };
+        let mut prepared = Self { paths, socket, boot_limit, provision, launched: Err(String::new()) };
         prepared.launched = config.and_then(|config| prepared.launch(&config, flags, bundle, log));
         prepared
     }
@@ -108,8 +111,8 @@ impl Prepared {
         let spec = self.accept(spec)?;
         self.accept(binds::check(&spec.binds))?;
         self.provision.host = Some(enter_mount_namespace().map_err(|error| error.to_string())?);
-        let socket = self.paths.socket(&flags.address, &flags.namespace, &flags.id);
-        let pod = launch::Pod { namespace: &flags.namespace, id: &flags.id, bundle, socket: &socket, spec: &spec };
+        let (namespace, id, socket) = (&flags.namespace, &flags.id, &self.socket);
+        let pod = launch::Pod { namespace, id, bundle, socket, spec: &spec };
         let launched = match launch(config, &self.paths, pod, log.as_fd()) {
             Err(LaunchError::Cgroup(error)) if error.is_refusal() => self.accept(Err(error))?,
             launched => launched.map_err(|error| error.to_string())?,
@@ -138,7 +141,7 @@ async fn serve(
     timeline: Arc<Timeline>,
     log: Logger,
 ) -> anyhow::Result<()> {
-    let Prepared { paths, boot_limit, provision, launched } = prepared;
+    let Prepared { paths, socket, boot_limit, provision, launched } = prepared;
     listener.set_nonblocking(true).context("the listening socket")?;
     let listener = tokio::net::UnixListener::from_std(listener).context("the listening socket")?;
     let mut terminate = signal(SignalKind::terminate()).context("signals")?;
@@ -162,7 +165,7 @@ async fn serve(
         warn!(log, "answers left unsent at the end");
     }
     events.flush(FLUSH_LIMIT).await;
-    remove(&paths, &paths.socket(&flags.address, &flags.namespace, &flags.id), &log);
+    remove(&paths, &socket, &log);
     Ok(())
 }
 

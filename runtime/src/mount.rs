@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use caisson_mount::{NOSUID_NODEV_NOEXEC, set_attributes};
+use caisson_mount::{NOSUID_NODEV_NOEXEC, restrict, set_attributes};
 use nix::{
     fcntl::{OFlag, open},
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -234,9 +234,8 @@ impl Mount {
 
 /// Gives nosuid, nodev and noexec to the mount at `path` and to all below it.
 fn fetter(path: &Path) -> io::Result<()> {
-    let (nothing, unchanged) = (MountAttrFlags::empty(), MountPropagationFlags::empty());
     let root = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-    set_attributes(root.as_fd(), NOSUID_NODEV_NOEXEC, nothing, unchanged, true)
+    restrict(root.as_fd(), NOSUID_NODEV_NOEXEC, true)
 }
 
 /// Gives them to a tree of mounts that is mounted nowhere yet, and cuts it off from what is mounted later where it was

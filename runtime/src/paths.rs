@@ -97,11 +97,8 @@ impl PodPaths {
 
     /// The pods that have a directory in `state_dir`.
     pub fn all(state_dir: &Path) -> impl Iterator<Item = Self> {
-        let namespaces = directories(state_dir).collect::<Vec<_>>().into_iter();
-        namespaces.flat_map(|namespace| directories(&namespace).collect::<Vec<_>>()).map({
-            let state_dir = state_dir.to_owned();
-            move |pod| Self { state_dir: state_dir.clone(), pod }
-        })
+        let pods = directories(state_dir).flat_map(|namespace| directories(&namespace));
+        pods.map(|pod| Self { state_dir: state_dir.to_owned(), pod })
     }
 
     /// Makes the pod's directories, for the bundle and the socket that are its own. What an earlier pod of this name left
@@ -169,7 +166,7 @@ impl PodPaths {
 }
 
 /// The directories in a directory; none if it cannot be read.
-fn directories(path: &Path) -> impl Iterator<Item = PathBuf> {
+fn directories(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
 }

@@ -174,8 +174,7 @@ pub(super) fn attach(mount: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()>
 
 /// Makes a mount read-only, with everything below it if `recursive`.
 pub(super) fn set_read_only(mount: BorrowedFd<'_>, recursive: bool) -> std::io::Result<()> {
-    let (read_only, nothing) = (MountAttrFlags::MOUNT_ATTR_RDONLY, MountAttrFlags::empty());
-    caisson_mount::set_attributes(mount, read_only, nothing, MountPropagationFlags::empty(), recursive)
+    caisson_mount::restrict(mount, MountAttrFlags::MOUNT_ATTR_RDONLY, recursive)
 }
 
 /// Changes how changes below the mount spread: MS_* each, in order.

@@ -17,12 +17,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use caisson_mount::{NOSUID_NODEV_NOEXEC, set_attributes};
+use caisson_mount::{NOSUID_NODEV_NOEXEC, restrict};
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, fstat, openat},
     mount::{
-        MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount,
-        open_tree, unmount,
+        MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change, move_mount, open_tree,
+        unmount,
     },
     process::{
         Resource, Rlimit, Signal, chdir, fchdir, getrlimit, pivot_root, set_parent_process_death_signal, setrlimit,
@@ -60,9 +60,7 @@ pub fn enter(shared: OwnedFd) -> Result<Jail> {
     enter_namespace(&shared).context("making the shared directory the root directory")?;
     drop(shared);
     let root = openat(CWD, c"/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let (nothing, unchanged) = (MountAttrFlags::empty(), MountPropagationFlags::empty());
-    set_attributes(root.as_fd(), NOSUID_NODEV_NOEXEC, nothing, unchanged, true)
-        .context("making the shared mounts nosuid, nodev and noexec")?;
+    restrict(root.as_fd(), NOSUID_NODEV_NOEXEC, true).context("making the shared mounts nosuid, nodev and noexec")?;
     fchdir(&proc_fds).context("entering /proc/self/fd")?;
     drop_privileges()?;
     Ok(Jail { root, proc_fds, descriptors })

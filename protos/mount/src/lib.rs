@@ -13,6 +13,14 @@ use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 pub const NOSUID_NODEV_NOEXEC: MountAttrFlags =
     MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV).union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
 
+/// Takes away what `attributes` name, from the mount whose root `mount` is, and with `recursive` from everything mounted below it.
+///
+/// # Errors
+/// What mount_setattr(2) says.
+pub fn restrict(mount: BorrowedFd<'_>, attributes: MountAttrFlags, recursive: bool) -> io::Result<()> {
+    set_attributes(mount, attributes, MountAttrFlags::empty(), MountPropagationFlags::empty(), recursive)
+}
+
 /// Changes the mount whose root `mount` is, and with `recursive` everything mounted below it.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ use caisson_e2e::{
 
 use crate::{
     figures::{Pair, Report},
-    progress,
+    progress, runtimes,
 };
 
 /// Pods that [`many`] starts, and how many of them at a time.
@@ -30,7 +30,7 @@ const AT_A_TIME: usize = 8;
 pub fn all(only_runc: bool) -> Result<Report> {
     let mut report = Report::default();
     let mut host = Host::start(Runtime::Runc, Setup::default());
-    let runtimes: &[Runtime] = if only_runc { &[Runtime::Runc] } else { &[Runtime::Caisson, Runtime::Runc] };
+    let runtimes = runtimes(only_runc);
     let mut times = Pair::default();
     for (&runtime, round) in runtimes.iter().zip(1..) {
         progress("50 pods, 8 at a time", round, runtimes.len() as u32);

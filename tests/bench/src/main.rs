@@ -28,7 +28,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use caisson_e2e::environment::{bin_dir, image_dir, oci_dir};
+use caisson_e2e::{
+    Runtime,
+    environment::{bin_dir, image_dir, oci_dir},
+};
 use clap::{Parser, ValueEnum};
 
 use figures::Report;
@@ -78,6 +81,11 @@ const PROGRESS: &str = "caisson-bench-progress ";
 /// Says what is measured next.
 fn progress(what: &str, round: u32, rounds: u32) {
     println!("{PROGRESS}{what}: {round} of {rounds}");
+}
+
+/// What is measured, in the order of each round.
+fn runtimes(only_runc: bool) -> &'static [Runtime] {
+    if only_runc { &[Runtime::Runc] } else { &[Runtime::Caisson, Runtime::Runc] }
 }
 
 fn main() -> Result<()> {
@@ -133,11 +141,8 @@ fn in_nested_host(arguments: &Arguments, part: Part) -> Result<Report> {
     {
         command.env(name, absolute(&path)?);
     }
-    let name = match part {
-        Part::Alone => "alone",
-        Part::Crowd => "crowd",
-    };
-    command.arg("--").arg(&own).args(["--inside", name, "--runs", &arguments.runs.to_string()]);
+    let part = part.to_possible_value().context("a part without a name")?;
+    command.arg("--").arg(&own).args(["--inside", part.get_name(), "--runs", &arguments.runs.to_string()]);
     if arguments.only_runc {
         command.arg("--only-runc");
     }

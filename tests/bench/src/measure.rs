@@ -16,7 +16,7 @@ use caisson_e2e::{
 use crate::{
     figures::{Pair, Report},
     memory::Memory,
-    progress,
+    progress, runtimes,
 };
 
 /// Our host programs.
@@ -40,7 +40,7 @@ const STAGES: [(&str, &str, &str); 7] = [
 pub fn all(runs: u32, only_runc: bool) -> Result<Report> {
     let mut report = Report::default();
     let mut host = Host::start(Runtime::Runc, Setup::default());
-    let runtimes: &[Runtime] = if only_runc { &[Runtime::Runc] } else { &[Runtime::Caisson, Runtime::Runc] };
+    let runtimes = runtimes(only_runc);
     let mut times = Pair::default();
     // One of each to warm up: programs and images come into the page cache, which no figure is about.
     for round in 0..=runs {

@@ -62,12 +62,16 @@ impl Containerd {
     /// Ends it and starts another on the same directories, as an upgrade does.
     pub fn restart(&self) {
         self.stop();
-        *lock(&self.child) = spawn(&self.directory, self.kvm, &self.log);
+        self.start_again();
     }
 
     /// Kills it and starts another on the same directories, as after a crash.
     pub fn crash(&self) {
         kill(&mut lock(&self.child));
+        self.start_again();
+    }
+
+    fn start_again(&self) {
         *lock(&self.child) = spawn(&self.directory, self.kvm, &self.log);
     }
 

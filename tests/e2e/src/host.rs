@@ -254,13 +254,16 @@ impl Host {
     /// Replaces containerd by another on the same directories. The descriptors of the new one count from here.
     pub fn restart_containerd(&self) {
         self.containerd.restart();
-        let now = self.leftovers();
-        self.before.lock().expect("no holder panics").adopt_descriptors(&now);
+        self.count_descriptors_anew();
     }
 
     /// Kills containerd and starts another on the same directories. The descriptors of the new one count from here.
     pub fn crash_containerd(&self) {
         self.containerd.crash();
+        self.count_descriptors_anew();
+    }
+
+    fn count_descriptors_anew(&self) {
         let now = self.leftovers();
         self.before.lock().expect("no holder panics").adopt_descriptors(&now);
     }

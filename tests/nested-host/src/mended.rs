@@ -53,12 +53,11 @@ impl Mended {
         };
         let program = program.canonicalize().with_context(|| format!("find {}", program.display()))?;
         let mut bytes = std::fs::read(&program).with_context(|| format!("read {}", program.display()))?;
-        let copy = match mend(&mut bytes) {
-            true => Some(in_memory(&bytes).context("a copy of QEMU in memory")?),
-            false => {
-                eprintln!("nested-host: {} is one that this program cannot mend: it may hang", program.display());
-                None
-            }
+        let copy = if mend(&mut bytes) {
+            Some(in_memory(&bytes).context("a copy of QEMU in memory")?)
+        } else {
+            eprintln!("nested-host: {} is one that this program cannot mend: it may hang", program.display());
+            None
         };
         Ok(Self { program, copy })
     }

@@ -112,13 +112,13 @@ pub fn start(
     command.args(["-M", "q35,memory-backend=mem", "-cpu", "max,+svm,-la57"]);
     command.arg("-object").arg(format!("memory-backend-memfd,id=mem,size={}M,share=on", machine.mem_mib));
     command.arg("-m").arg(machine.mem_mib.to_string());
+    command.args(["-accel", "tcg,thread=single,tb-size=512"]);
     if machine.exact {
-        command.args(["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0,sleep=off"]);
+        command.args(["-icount", "shift=0,sleep=off"]);
         // Whatever else differs from run to run: addresses, random numbers, the date.
         command.args(["-seed", "1", "-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
         append += " nokaslr norandmaps";
     } else {
-        command.args(["-accel", "tcg,thread=single,tb-size=512"]);
         // A timer that fires again and again: QEMU's SVM loses an interrupt now and then, and a timer that is set for one
         // event would be silent for ever (docs/decisions/0006-emulated-hosts.md).
         append += " nohz=off highres=off";

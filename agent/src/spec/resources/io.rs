@@ -54,14 +54,14 @@ fn block(io: &LinuxBlockIo, limits: &mut Vec<Limit>) -> Result<()> {
     };
     no_leaf(of("leafWeight"), io.leaf_weight())?;
     if let Some(weight) = io.weight().filter(|weight| *weight != 0) {
-        weights(None, weight, of("weight"), limits)?;
+        weigh(None, weight, of("weight"), limits)?;
     }
     for (index, device) in io.weight_device().iter().flatten().enumerate() {
         let field = of(&format!("weightDevice[{index}]"));
         no_leaf(format!("{field}.leafWeight"), device.leaf_weight())?;
         if let Some(weight) = device.weight().filter(|weight| *weight != 0) {
             let number = number(&field, device.major(), device.minor())?;
-            weights(Some(number), weight, format!("{field}.weight"), limits)?;
+            weigh(Some(number), weight, format!("{field}.weight"), limits)?;
         }
     }
     for (name, key, list) in [
@@ -82,7 +82,7 @@ fn block(io: &LinuxBlockIo, limits: &mut Vec<Limit>) -> Result<()> {
 }
 
 /// BFQ, where the kernel has it, takes v1's weights, 10 to 1000; the other scheduler has 1 to 10000.
-fn weights(device: Option<String>, weight: u16, field: String, limits: &mut Vec<Limit>) -> Result<()> {
+fn weigh(device: Option<String>, weight: u16, field: String, limits: &mut Vec<Limit>) -> Result<()> {
     if !(10..=1000).contains(&weight) {
         return Err(SpecError::new(field, format!("{weight} is not between 10 and 1000")));
     }

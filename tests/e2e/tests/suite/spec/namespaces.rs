@@ -17,6 +17,11 @@ caisson_e2e::caisson_only!(the_first_containers, clocks);
 const NAMES: &str =
     "hostname; cat /proc/1/comm; for kind in ipc net pid uts mnt; do readlink /proc/self/ns/$kind; done";
 
+/// What [`NAMES`] prints, once it is all there.
+fn whole(text: &str) -> Option<String> {
+    (text.lines().count() == 7).then(|| text.to_owned())
+}
+
 fn the_first_containers(host: &Host) {
     let mut spec = specification(&["sleep", "100000"]);
     spec["hostname"] = "first".into();
@@ -26,8 +31,7 @@ fn the_first_containers(host: &Host) {
     pod.task.exec("names", &["sh", "-c", NAMES], &Streams { stdout, ..Streams::default() }).expect("Exec");
     pod.task.start("names").expect("Start of an exec");
     assert_eq!(pod.task.wait("names").expect("Wait"), 0);
-    let firsts =
-        out.wait_for("the first's namespaces", STEP, |text| (text.lines().count() == 7).then(|| text.to_owned()));
+    let firsts = out.wait_for("the first's namespaces", STEP, whole);
 
     let mut spec = specification(&["sh", "-c", NAMES]);
     let joined = |kind: &str, file: &str| json!({ "type": kind, "path": format!("/proc/{pid}/ns/{file}") });
@@ -41,8 +45,7 @@ fn the_first_containers(host: &Host) {
     task.create(second.create_request(second.busybox_root()), &streams).expect("Create of the second");
     task.start("").expect("Start of the second");
     assert_eq!(task.wait("").expect("Wait"), 0);
-    let seconds =
-        out.wait_for("the second's namespaces", STEP, |text| (text.lines().count() == 7).then(|| text.to_owned()));
+    let seconds = out.wait_for("the second's namespaces", STEP, whole);
     let (firsts, seconds): (Vec<&str>, Vec<&str>) = (firsts.lines().collect(), seconds.lines().collect());
     assert_eq!(seconds[..2], ["first", "sleep"]);
     assert_eq!(seconds[..6], firsts[..6]);
