@@ -20,15 +20,15 @@ NESTED := $(BIN)/nested-host
 .PHONY: help
 help: ## List the targets
 	@echo "make TARGET, where TARGET is one of:"
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z][a-z0-9-]*):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 .PHONY: demo
-demo: build image oci host ## Show real images running in microVMs on a private containerd
+demo: deps build image oci host ## Show real images running in microVMs on a private containerd
 	@$(NESTED) --direct-if-possible --mem 4096 --timeout 900 --env CAISSON_BIN_DIR=$(BIN) --env CAISSON_IMAGE_DIR=$(IMAGE) \
 		--env CAISSON_OCI_DIR=$(OCI) -- tests/demo/run
 
 .PHONY: build
-build: deps ## Build the programs: static, optimised
+build: tools ## Build the programs: static, optimised
 	cargo build --locked --release --target $(MUSL) -p caisson-vmm -p caisson-fsd -p caisson-runtime -p caisson-agent \
 		$(PROGRAMS:%=--bin %)
 	@cd $(BIN) && ls -l $(PROGRAMS) | awk '{ printf "build: %-28s %6.2f MiB\n", $$NF, $$5 / 1048576 }'
@@ -42,27 +42,28 @@ image: build ## Build the guest kernel and the initramfs
 	@cd $(IMAGE) && stat -L -c '%n %s' vmlinux initramfs | awk '{ printf "image: %-28s %6.2f MiB\n", $$1, $$2 / 1048576 }'
 
 .PHONY: test
-test: unit suites ## Prove that it works: unit tests here, VM and containerd tests on a KVM host (nested where needed)
+test: deps unit suites ## Prove that it works: unit tests here, VM and containerd tests on a KVM host (nested where needed)
 	@tests/suite caisson-vm-tests 900
 	@tests/suite caisson-e2e 2700
 
 .PHONY: lint
-lint: deps ## Check format and lints; warnings are errors
+lint: tools ## Check format, lints and documentation; warnings are errors
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --locked --workspace --no-deps
 	for script in $$(git grep -lE '^#!/bin/(ba)?sh' -- . ':!*.rs'); do bash -n "$$script"; done
 
 .PHONY: bench
-bench: build image oci host ## Measure in exact virtual time: target/bench/report.json and report.svg
+bench: deps build image oci host ## Measure in exact virtual time: target/bench/report.json and report.svg
 	@tests/bench/run
 
 .PHONY: soak
-soak: suites ## The containerd and VM tests in every full size: takes hours where KVM is emulated
+soak: deps suites ## The containerd and VM tests in every full size: takes hours where KVM is emulated
 	@CAISSON_FULL=1 tests/suite caisson-vm-tests 3600 --profile soak
 	@CAISSON_FULL=1 tests/suite caisson-e2e 20000 --profile soak
 
 .PHONY: containerd
-containerd: suites ## The containerd tests on Debian 13's containerd 1.7, unpacked beside; TESTS="lifecycle:: ..." for some of them
+containerd: deps suites ## The containerd tests on Debian 13's containerd 1.7, unpacked beside; TESTS="lifecycle:: ..." for some of them
 	@directory=$$(tests/containerd/get trixie); CAISSON_CONTAINERD_DIR=$$directory tests/suite caisson-e2e 2400 $(TESTS)
 
 .PHONY: install
@@ -75,9 +76,18 @@ install: build image ## Install below PREFIX (/usr/local), with /etc/caisson/con
 	  printf 'kernel = "%s"\ninitramfs = "%s"\nmonitor = "%s"\nfile_server = "%s"\n' \
 	    $(PREFIX)/share/caisson/{vmlinux,initramfs} $(PREFIX)/bin/{caisson-vmm,caisson-fsd} > $$config; fi
 
+.PHONY: uninstall
+uninstall: ## Remove what install has put there; the configuration stays
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(filter-out caisson-agent,$(PROGRAMS)))
+	rm -rf $(DESTDIR)$(PREFIX)/share/caisson
+
 .PHONY: clean
 clean: ## Remove what was built here (the cache in ~/.cache/caisson stays)
 	rm -rf target
+
+.PHONY: tools
+tools:
+	@.ci/deps --check build
 
 .PHONY: deps
 deps: ## Install what is missing: Debian packages, Rust, its musl target, cargo-nextest
@@ -85,22 +95,22 @@ deps: ## Install what is missing: Debian packages, Rust, its musl target, cargo-
 
 # The host that has a KVM: this machine, or what emulates one.
 .PHONY: host
-host: deps
+host: tools
 	cargo build --locked --release --target $(MUSL) -p caisson-nested-host
 	@$(NESTED) --probe || .ci/deps nested
 
 # The images that the tests and the demo run.
 .PHONY: oci
-oci: deps
+oci: tools
 	@tests/images/make $(OCI)
 
 .PHONY: unit
-unit: deps
+unit: tools ## Run the unit and property tests, which need no virtual machine
 	cargo nextest run --locked --workspace -E 'not ($(SUITE_TESTS))'
 
-# The test programs of the two suites, built here so that no cargo is needed where they run.
+# No cargo is needed where they run.
 .PHONY: suites
-suites: build image oci host
+suites: build image oci host ## Build the test programs of the VM and containerd suites, which tests/suite runs
 	cargo build --locked --release --target $(MUSL) -p caisson-e2e-probe -p caisson-vm-guest
 	@mkdir -p $(SUITES)
 	cargo nextest list --locked --workspace --list-type binaries-only --message-format json > $(SUITES)/binaries.json
