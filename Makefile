@@ -50,7 +50,7 @@ test: deps unit suites ## Prove that it works: unit tests here, VM and container
 lint: tools ## Check format, lints and documentation; warnings are errors
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --locked --workspace --no-deps
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --quiet --locked --workspace --no-deps --document-private-items
 	for script in $$(git grep -lE '^#!/bin/(ba)?sh' -- . ':!*.rs'); do bash -n "$$script"; done
 
 .PHONY: bench

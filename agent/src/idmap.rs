@@ -48,7 +48,7 @@ fn outside(list: &[IdMapping], inside: u32) -> Option<u32> {
     })
 }
 
-/// The list as /proc/<pid>/uid_map and gid_map take it.
+/// The list as /proc/PID/uid_map and gid_map take it.
 pub fn kernel_text(list: &[IdMapping]) -> String {
     list.iter().fold(String::new(), |mut text, IdMapping { inside, outside, count }| {
         // Writing to a String cannot fail.

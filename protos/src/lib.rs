@@ -19,5 +19,5 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
-/// The agent's service: messages in [`agent`](generated::agent), client and server in [`agent_ttrpc`].
+/// The agent's service: messages in [`agent`], client and server in [`agent_ttrpc`].
 pub use generated::{agent, agent_ttrpc};

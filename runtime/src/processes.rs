@@ -22,7 +22,7 @@ pub struct Member {
     pub role: String,
     /// Its pid.
     pub pid: u32,
-    /// Clock ticks since the host's boot (field 22 of /proc/<pid>/stat).
+    /// Clock ticks since the host's boot (field 22 of /proc/PID/stat).
     pub started: u64,
 }
 

@@ -296,7 +296,7 @@ fn patience(limit: Duration, hooks: &[HookPlan]) -> Duration {
     })
 }
 
-/// The file's name in /proc/<pid>/ns.
+/// The file's name in /proc/PID/ns.
 fn kernel_name(kind: NamespaceKind) -> &'static str {
     match kind {
         NamespaceKind::Network => "net",

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{Comparison, Condition, Instruction};
 
-/// Offsets in `struct seccomp_data` of include/uapi/linux/seccomp.h: int nr; u32 arch; u64 ip; u64 args[6].
+/// Offsets in `struct seccomp_data` of include/uapi/linux/seccomp.h: int nr; u32 arch; u64 ip; `u64 args[6]`.
 pub(super) const NUMBER: u32 = 0;
 pub(super) const ARCH: u32 = 4;
 const ARGS: u32 = 16;

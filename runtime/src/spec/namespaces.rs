@@ -24,7 +24,7 @@ pub struct Join {
     pub pid: u32,
 }
 
-/// The specification's name of a kind, and the name of its file in /proc/<pid>/ns.
+/// The specification's name of a kind, and the name of its file in /proc/PID/ns.
 fn names(kind: LinuxNamespaceType) -> (&'static str, &'static str) {
     match kind {
         LinuxNamespaceType::Mount => ("mount", "mnt"),

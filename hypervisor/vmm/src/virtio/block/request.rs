@@ -54,9 +54,9 @@ pub enum Request {
     Flush,
     /// Tell the serial number.
     GetId,
-    /// Forget ranges: [`Segments`].
+    /// Forget ranges, which are the request's segments.
     Discard,
-    /// Make ranges read as zeros: [`Segments`].
+    /// Make ranges read as zeros, likewise.
     WriteZeroes,
 }
 
