@@ -3,7 +3,6 @@
 //! The command writes to pipes, not to the virtio-serial ports themselves, because a port can be opened only once
 //! (`echo > /dev/stderr` would fail).
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
@@ -16,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::job::Job;
 
 /// Runs the command, carries its output, reaps whatever it leaves behind; returns its exit status.
-pub fn run(job: &Job, stdout: File, stderr: File) -> anyhow::Result<u8> {
+pub fn run(job: &Job, mut stdout: impl Write, mut stderr: impl Write) -> anyhow::Result<u8> {
     let (program, arguments) = job.command.split_first().context("the job has no command")?;
     let (out, out_in) = io::pipe()?;
     let (err, err_in) = io::pipe()?;
@@ -27,18 +26,17 @@ pub fn run(job: &Job, stdout: File, stderr: File) -> anyhow::Result<u8> {
     let child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
-            let mut stderr = stderr;
             writeln!(stderr, "nested-host: {program}: {error}")?;
             return Ok(if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 });
         }
     };
     drop(command);
-    pump([(out, stdout), (err, stderr)], child.id())
+    pump([(out, &mut stdout), (err, &mut stderr)], child.id())
 }
 
 /// Copies each pipe to its port until the command has ended and what it had written is out. Daemons that outlive it
 /// keep the pipes open, so the end of a pipe is not waited for.
-fn pump(mut streams: [(io::PipeReader, File); 2], command: u32) -> anyhow::Result<u8> {
+fn pump(mut streams: [(io::PipeReader, &mut dyn Write); 2], command: u32) -> anyhow::Result<u8> {
     let ended = rustix::process::pidfd_open(
         rustix::process::Pid::from_raw(command.cast_signed()).context("a child's pid")?,
         rustix::process::PidfdFlags::empty(),
@@ -95,7 +93,7 @@ fn reap() -> anyhow::Result<Option<(u32, ExitStatus)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use std::fs::{self, File};
     use std::sync::{Mutex, PoisonError};
 
     /// As PID 1 does, `run` reaps every child of the process: one at a time where tests share a process.
@@ -112,6 +110,8 @@ mod tests {
             cwd: "/nowhere".into(),
             rw: Vec::new(),
             in_ram: false,
+            emulator: crate::machine::Emulator::Qemu,
+            kvm: Vec::new(),
         };
         let status = run(&job, File::create(&out).unwrap(), File::create(&err).unwrap()).unwrap();
         (status, fs::read_to_string(out).unwrap(), fs::read_to_string(err).unwrap())

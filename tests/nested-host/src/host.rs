@@ -1,7 +1,7 @@
 //! The outer process: starts the nested host, follows its steps, passes the command's output through.
 //!
 //! ```text
-//!            ┌─ step … (each within BOOT_LIMIT) ─┐
+//!            ┌─ step … (each within its limit) ─┐
 //!   start ───► booting ───────────────────────────► running ──── exit N ──► done
 //!     ▲         │ fail, end of QEMU, limit         │ end of QEMU, limit
 //!     └─ once ──┘                                  └──► broken: last console lines, the step that did not finish
@@ -19,12 +19,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use crate::job::Job;
-use crate::qemu::{self, Machine};
+use crate::machine::{self, Emulator, Machine};
 use crate::report::Report;
-use crate::{EXIT_BROKEN, EXIT_TIMEOUT, initrd};
+use crate::{EXIT_BROKEN, EXIT_TIMEOUT, bochs, initrd, qemu};
 
-/// How long any step before the command may take. Measured: 4 to 11 seconds for all of them together.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// The step in which the command runs.
 pub const COMMAND_STEP: &str = "command";
 /// Console lines kept for a failure.
@@ -42,7 +40,7 @@ enum Outcome {
 
 /// Runs the job in a nested host and returns the exit status for this process.
 pub fn run(machine: &Machine, job: &Job, payload: &[std::path::PathBuf], limit: Duration) -> anyhow::Result<u8> {
-    let (kernel, release) = qemu::kernel()?;
+    let (kernel, release) = machine::kernel()?;
     let mut archive = File::from(rustix::fs::memfd_create("initramfs", rustix::fs::MemfdFlags::CLOEXEC)?);
     let mut buffered = io::BufWriter::with_capacity(1 << 20, &mut archive);
     initrd::write(&mut buffered, &release, job, payload).context("making the nested host's initramfs")?;
@@ -87,7 +85,10 @@ fn once(
             shares.push((tag, end));
         }
     }
-    let (qemu, channels) = qemu::start(machine, kernel, archive, &shares)?;
+    let (emulator, channels) = match machine.emulator {
+        Emulator::Qemu => qemu::start(machine, kernel, archive, &shares)?,
+        Emulator::Bochs => bochs::start(machine, kernel, archive)?,
+    };
     drop(shares);
 
     let console = Arc::new(Mutex::new(VecDeque::new()));
@@ -96,11 +97,11 @@ fn once(
         relay(channels.stderr, io::stderr()),
         keep_last_lines(channels.console, Arc::clone(&console)),
     ];
-    let outcome = follow(&channels.report, limit)?;
-    drop(qemu);
+    let outcome = follow(&channels.report, machine.emulator.boot_limit(), limit)?;
+    drop(emulator);
     drop(servers);
     for thread in relays {
-        // A relay ends with its channel, and QEMU held the other ends.
+        // A relay ends with its channel, and the emulator held the other ends.
         let _ = thread.join();
     }
     let lines = console.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect();
@@ -108,16 +109,16 @@ fn once(
 }
 
 /// Reads reports until the command has ended or a limit is passed.
-fn follow(channel: &UnixStream, limit: Duration) -> anyhow::Result<Outcome> {
+fn follow(channel: &UnixStream, boot_limit: Duration, limit: Duration) -> anyhow::Result<Outcome> {
     let mut step = "the kernel's start".to_owned();
-    let mut deadline = Instant::now() + BOOT_LIMIT;
+    let mut deadline = Instant::now() + boot_limit;
     let mut reader = BufReader::new(channel);
     let mut line = Vec::new();
     loop {
         let began = step == COMMAND_STEP;
         let late = || match began {
             true => Outcome::Timeout,
-            false => Outcome::Broken { began, reason: format!("step '{step}' took over {} s", BOOT_LIMIT.as_secs()) },
+            false => Outcome::Broken { began, reason: format!("step '{step}' took over {} s", boot_limit.as_secs()) },
         };
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -142,7 +143,7 @@ fn follow(channel: &UnixStream, limit: Duration) -> anyhow::Result<Outcome> {
                 return Ok(Outcome::Broken { began, reason: format!("step '{step}': {reason}") });
             }
             Some(Report::Step(name)) => {
-                deadline = Instant::now() + if name == COMMAND_STEP { limit } else { BOOT_LIMIT };
+                deadline = Instant::now() + if name == COMMAND_STEP { limit } else { boot_limit };
                 step = name;
             }
             None => {}
@@ -151,7 +152,7 @@ fn follow(channel: &UnixStream, limit: Duration) -> anyhow::Result<Outcome> {
 }
 
 /// Passes bytes on as they come. When our own reader is gone, the rest is dropped so that the command can end.
-fn relay(mut from: UnixStream, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
+fn relay(mut from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];
         let mut open = true;
@@ -163,7 +164,7 @@ fn relay(mut from: UnixStream, mut to: impl Write + Send + 'static) -> JoinHandl
     })
 }
 
-fn keep_last_lines(from: UnixStream, lines: Arc<Mutex<VecDeque<String>>>) -> JoinHandle<()> {
+fn keep_last_lines(from: impl Read + Send + 'static, lines: Arc<Mutex<VecDeque<String>>>) -> JoinHandle<()> {
     std::thread::spawn(move || {
         for line in BufReader::new(from).split(b'\n') {
             let Ok(line) = line else { return };
@@ -180,12 +181,14 @@ fn keep_last_lines(from: UnixStream, lines: Arc<Mutex<VecDeque<String>>>) -> Joi
 mod tests {
     use super::*;
 
+    const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
     /// What the outer process makes of these reports, followed by the end of the machine.
     fn outcome(reports: &str) -> Outcome {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(reports.as_bytes()).unwrap();
         drop(theirs);
-        follow(&ours, Duration::from_secs(60)).unwrap()
+        follow(&ours, BOOT_LIMIT, Duration::from_secs(60)).unwrap()
     }
 
     #[test]
@@ -212,6 +215,6 @@ mod tests {
     fn a_command_that_takes_too_long_is_a_timeout() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(b"step command\n").unwrap();
-        assert!(matches!(follow(&ours, Duration::from_millis(1)).unwrap(), Outcome::Timeout));
+        assert!(matches!(follow(&ours, BOOT_LIMIT, Duration::from_millis(1)).unwrap(), Outcome::Timeout));
     }
 }

@@ -12,8 +12,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::fs::CWD;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, mount_move, move_mount, open_tree};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
+use crate::frames::{self, Sender};
 use crate::job::{self, Job};
+use crate::machine::Emulator;
+use crate::modules::module_name;
 use crate::report::Report;
 use crate::{command, host, initrd};
 
@@ -28,22 +32,24 @@ pub fn run() -> ! {
             let _ = port.write_all(line.as_bytes());
         }
     }
+    if let Some(port) = &mut report {
+        let _ = port.flush();
+    }
     rustix::fs::sync();
     let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
-    // No power off: a panic (PID 1 ended) makes QEMU stop as well.
+    // No power off: a panic (PID 1 ended) ends the emulator as well.
     std::process::exit(1)
 }
 
-fn boot(report: &mut Option<File>) -> anyhow::Result<()> {
+fn boot(report: &mut Option<Box<dyn Write>>) -> anyhow::Result<()> {
     filesystem("proc", "/proc", "proc", "")?;
     filesystem("sysfs", "/sys", "sysfs", "")?;
     filesystem("devtmpfs", "/dev", "devtmpfs", "")?;
-    load_modules().context("kernel modules")?;
-    let port = report.insert(port("report")?);
-    let mut say = |report: Report| port.write_all(report.to_string().as_bytes());
-    let stdout = self::port("stdout")?;
-    let stderr = self::port("stderr")?;
     let job: Job = serde_json::from_slice(&fs::read(job::PATH)?).context(job::PATH)?;
+    load_modules(&job).context("kernel modules")?;
+    let [port, stdout, stderr] = channels(job.emulator)?;
+    let port = report.insert(port);
+    let mut say = |report: Report| port.write_all(report.to_string().as_bytes());
 
     say(Report::Step("root".into()))?;
     root(&job).context("the root file system")?;
@@ -68,7 +74,8 @@ fn filesystem(kind: &str, target: &str, source: &str, options: &str) -> anyhow::
     mount(source, target, kind, MountFlags::empty(), &*options).with_context(|| format!("mounting {kind} on {target}"))
 }
 
-fn load_modules() -> anyhow::Result<()> {
+fn load_modules(job: &Job) -> anyhow::Result<()> {
+    let parameters = CString::new(job.kvm.join(" "))?;
     let mut files: Vec<_> = fs::read_dir(initrd::MODULES)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
     files.sort();
     for path in files {
@@ -76,10 +83,34 @@ fn load_modules() -> anyhow::Result<()> {
         const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
         let packed = path.extension().is_some_and(|extension| extension != "ko");
         let flags = if packed { MODULE_INIT_COMPRESSED_FILE } else { 0 };
-        rustix::system::finit_module(File::open(&path)?, c"", flags).with_context(|| format!("{}", path.display()))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        // The name begins with its place in the order, "012-".
+        let kvm = module_name(name.split_once('-').map_or(&name, |(_, name)| name)) == job.emulator.kvm_module();
+        let parameters = if kvm { &*parameters } else { c"" };
+        rustix::system::finit_module(File::open(&path)?, parameters, flags)
+            .with_context(|| format!("{}", path.display()))?;
         fs::remove_file(&path)?;
     }
     Ok(())
+}
+
+/// Reports, standard output and standard error.
+fn channels(emulator: Emulator) -> anyhow::Result<[Box<dyn Write>; 3]> {
+    Ok(match emulator {
+        Emulator::Qemu => [Box::new(port("report")?), Box::new(port("stdout")?), Box::new(port("stderr")?)],
+        Emulator::Bochs => frames::senders(serial_line()?).map(|sender: Sender| Box::new(sender) as _),
+    })
+}
+
+/// The second serial port, without the terminal that Linux makes of it. The first is the console.
+fn serial_line() -> anyhow::Result<File> {
+    let path = "/dev/ttyS1";
+    let line = OpenOptions::new().read(true).write(true).open(path).context(path)?;
+    let mut attributes = tcgetattr(&line).context(path)?;
+    attributes.make_raw();
+    attributes.set_speed(115_200).context(path)?;
+    tcsetattr(&line, OptionalActions::Now, &attributes).context(path)?;
+    Ok(line)
 }
 
 /// Opens the virtio-serial port of this name as soon as the driver has made its node.

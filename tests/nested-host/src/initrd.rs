@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use cpio::newc::{Builder, trailer};
 
 use crate::job::{self, Job};
+use crate::machine::Emulator;
 use crate::modules::Modules;
 
 /// Where modules and the root in RAM lie in the initramfs.
@@ -18,9 +19,9 @@ pub const MODULES: &str = "/mod";
 pub const PAYLOAD: &str = "/payload";
 
 /// Loaded in this order, before anything else: the bus and the channel to the outer process, then the root.
-const FIRST: &[&str] = &["virtio_pci", "virtio_console", "virtiofs", "overlay"];
-/// What makes it a host for virtual machines and containers.
-const HOST: &[&str] = &["kvm_amd", "vhost_net", "vhost_vsock", "tun", "veth", "bridge", "loop", "fuse"];
+const VIRTIO: &[&str] = &["virtio_pci", "virtio_console", "virtiofs"];
+/// What makes it a host for virtual machines and containers, beside the processor's KVM module.
+const HOST: &[&str] = &["overlay", "vhost_net", "vhost_vsock", "tun", "veth", "bridge", "loop", "fuse"];
 
 const S_IFDIR: u32 = 0o040000;
 const S_IFREG: u32 = 0o100000;
@@ -38,7 +39,11 @@ pub fn write(out: &mut impl Write, release: &str, job: &Job, payload: &[PathBuf]
     archive.entry(job::PATH.trim_start_matches('/'), S_IFREG | 0o644, &serde_json::to_vec(job)?)?;
 
     let modules = Modules::of(release)?;
-    for (order, file) in modules.files(&[FIRST, HOST].concat())?.iter().enumerate() {
+    let first = match job.emulator {
+        Emulator::Qemu => VIRTIO,
+        Emulator::Bochs => &[],
+    };
+    for (order, file) in modules.files(&[first, &[job.emulator.kvm_module()], HOST].concat())?.iter().enumerate() {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         let content = fs::read(file).with_context(|| format!("module {}", file.display()))?;
         archive.entry(&format!("mod/{order:03}-{name}"), S_IFREG | 0o644, &content)?;

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use anyhow::bail;
 use serde::{Deserialize, Serialize};
 
+use crate::machine::Emulator;
+
 /// Where the job lies in the initramfs.
 pub const PATH: &str = "/job.json";
 
@@ -21,6 +23,10 @@ pub struct Job {
     pub rw: Vec<PathBuf>,
     /// The root lies in the initramfs, not on this machine.
     pub in_ram: bool,
+    /// What emulates the host: it decides which modules are loaded, and how reports and output leave.
+    pub emulator: Emulator,
+    /// Parameters of its KVM module, `NAME=VALUE`.
+    pub kvm: Vec<String>,
 }
 
 /// The command's environment: a fixed base, the caller's variables that concern our tests, and the `--env` options.

@@ -15,12 +15,16 @@
 //! The same binary is the outer tool and the inner init, so it must be linked statically: build it for
 //! `x86_64-unknown-linux-musl`.
 
+mod bochs;
 mod command;
 mod direct;
+mod frames;
 mod host;
 mod init;
 mod initrd;
+mod iso;
 mod job;
+mod machine;
 mod mended;
 mod modules;
 mod probe;
@@ -34,6 +38,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Parser;
+
+use machine::{Emulator, Machine};
 
 /// Exit status when the command did not finish in time, as timeout(1) has it.
 const EXIT_TIMEOUT: u8 = 124;
@@ -71,6 +77,18 @@ struct Args {
     #[arg(long)]
     in_ram: bool,
 
+    /// Emulate an Intel processor with VMX, in Bochs, in place of an AMD processor in QEMU. Needs --in-ram
+    #[arg(long, requires = "in_ram", conflicts_with_all = ["exact", "direct_if_possible"])]
+    intel: bool,
+
+    /// The processor: a model of `bochs --help cpu` with --intel, else an argument of QEMU's -cpu with svm
+    #[arg(long, value_name = "MODEL", conflicts_with = "direct_if_possible")]
+    cpu: Option<String>,
+
+    /// A parameter of the nested host's module kvm_amd, or with --intel kvm_intel: npt=0, ept=0
+    #[arg(long, value_name = "NAME=VALUE", conflicts_with = "direct_if_possible")]
+    kvm: Vec<String>,
+
     /// With --in-ram: a program (name or path) to take along, with the libraries it needs. bash, coreutils, mount and
     /// the like come along in any case
     #[arg(long, value_name = "NAME", requires = "in_ram")]
@@ -84,9 +102,9 @@ struct Args {
     #[arg(long, value_name = "DIR", conflicts_with = "in_ram")]
     rw: Vec<PathBuf>,
 
-    /// Memory of the nested host
-    #[arg(long, value_name = "MiB", default_value_t = 4096)]
-    mem: u32,
+    /// Memory of the nested host; without this 4096, or 2048 with --intel
+    #[arg(long, value_name = "MiB")]
+    mem: Option<u32>,
 
     /// Seconds of this machine's time that the command may take
     #[arg(long, value_name = "S", default_value_t = 600)]
@@ -134,6 +152,7 @@ fn run(args: Args) -> anyhow::Result<u8> {
     if args.command.is_empty() {
         bail!("no command: nested-host [OPTIONS] -- COMMAND [ARG]...");
     }
+    let emulator = if args.intel { Emulator::Bochs } else { Emulator::Qemu };
     let job = job::Job {
         command: args.command,
         env: job::environment(&args.env)?,
@@ -144,6 +163,8 @@ fn run(args: Args) -> anyhow::Result<u8> {
             .map(|dir| dir.canonicalize().with_context(|| format!("--rw {}", dir.display())))
             .collect::<Result<_, _>>()?,
         in_ram: args.in_ram,
+        emulator,
+        kvm: args.kvm,
     };
     let limit = Duration::from_secs(args.timeout);
     if args.direct_if_possible {
@@ -153,6 +174,7 @@ fn run(args: Args) -> anyhow::Result<u8> {
         }
     }
     let payload = if args.in_ram { ram::collect(&args.prog, &args.file)? } else { Vec::new() };
-    let machine = qemu::Machine { exact: args.exact, mem_mib: args.mem };
+    let mem_mib = args.mem.unwrap_or(if args.intel { 2048 } else { 4096 });
+    let machine = Machine { emulator, cpu: args.cpu, exact: args.exact, mem_mib };
     host::run(&machine, &job, &payload, limit)
 }

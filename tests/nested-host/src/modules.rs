@@ -55,7 +55,7 @@ impl Modules {
 }
 
 /// `kernel/arch/x86/kvm/kvm-amd.ko.xz` is the module `kvm_amd`.
-fn module_name(file: &str) -> String {
+pub fn module_name(file: &str) -> String {
     let base = file.rsplit('/').next().unwrap_or(file);
     base.split(".ko").next().unwrap_or(base).replace('-', "_")
 }

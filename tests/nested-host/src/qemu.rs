@@ -4,67 +4,18 @@
 //! be cleaned up after them; and the kernel ends them when this process ends, however that happens.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 
+use crate::machine::{Channels, Machine, Owned, spawn};
 use crate::mended::Mended;
 
-/// What the nested host looks like.
-#[derive(Debug)]
-pub struct Machine {
-    /// The clock counts instructions.
-    pub exact: bool,
-    /// Memory, MiB.
-    pub mem_mib: u32,
-}
-
-/// The channels out of the nested host, in the order of their virtio-serial ports.
-pub struct Channels {
-    /// [`crate::report::Report`] lines.
-    pub report: UnixStream,
-    /// The command's standard output.
-    pub stdout: UnixStream,
-    /// The command's standard error.
-    pub stderr: UnixStream,
-    /// The serial console.
-    pub console: UnixStream,
-}
-
-/// A process that ends with this value.
-pub struct Owned(Child);
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        // Errors mean that it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Debian's newest installed cloud kernel: its image and its release.
-pub fn kernel() -> anyhow::Result<(PathBuf, String)> {
-    let mut releases: Vec<String> = std::fs::read_dir("/boot")
-        .context("/boot")?
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
-        .filter(|release| release.ends_with("-cloud-amd64"))
-        .collect();
-    releases.sort_by_key(|release| numbers(release));
-    match releases.pop() {
-        Some(release) => Ok((Path::new("/boot").join(format!("vmlinuz-{release}")), release)),
-        None => bail!("no /boot/vmlinuz-*-cloud-amd64: install linux-image-cloud-amd64"),
-    }
-}
-
-/// The numbers in a release, to compare 6.1.0-9 and 6.1.0-10 rightly.
-fn numbers(release: &str) -> Vec<u64> {
-    release.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
-}
+/// Everything that QEMU can emulate, but for the fifth level of page tables.
+const CPU: &str = "max,+svm,-la57";
 
 /// Starts a virtiofsd for `folder`; the second value is QEMU's end of the connection.
 pub fn share(folder: &Path) -> anyhow::Result<(Owned, UnixStream)> {
@@ -109,7 +60,7 @@ pub fn start(
     let mut command = qemu.command();
     let mut append = "console=ttyS0 panic=-1 quiet mitigations=off".to_owned();
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-    command.args(["-M", "q35,memory-backend=mem", "-cpu", "max,+svm,-la57"]);
+    command.args(["-M", "q35,memory-backend=mem", "-cpu", machine.cpu.as_deref().unwrap_or(CPU)]);
     command.arg("-object").arg(format!("memory-backend-memfd,id=mem,size={}M,share=on", machine.mem_mib));
     command.arg("-m").arg(machine.mem_mib.to_string());
     command.args(["-accel", "tcg,thread=single,tb-size=512"]);
@@ -140,38 +91,6 @@ pub fn start(
     }
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let child = spawn(&mut command, &inherited).context("starting qemu-system-x86_64 (package qemu-system-x86)")?;
+    let [stdout, stderr, console] = [stdout, stderr, console].map(|stream| Box::new(stream) as _);
     Ok((child, Channels { report, stdout, stderr, console }))
-}
-
-/// Spawns with these descriptors kept open, and with the wish to end when we end.
-fn spawn(command: &mut Command, inherited: &[BorrowedFd<'_>]) -> anyhow::Result<Owned> {
-    let numbers: Vec<i32> = inherited.iter().map(|fd| fd.as_raw_fd()).collect();
-    let parent = rustix::process::getpid();
-    let prepare = move || {
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-        if rustix::process::getppid() != Some(parent) {
-            return Err(std::io::Error::other("the parent is gone"));
-        }
-        for &number in &numbers {
-            // SAFETY: the descriptors are open: `inherited` borrows them until the child has been spawned.
-            let fd = unsafe { BorrowedFd::borrow_raw(number) };
-            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec the closure makes plain system calls only; it allocates in the error case alone,
-    // and this process has no other thread yet that could hold the allocator.
-    let command = unsafe { command.pre_exec(prepare) };
-    Ok(Owned(command.spawn()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn releases_are_compared_by_their_numbers() {
-        assert!(numbers("6.1.0-10-cloud-amd64") > numbers("6.1.0-9-cloud-amd64"));
-        assert!(numbers("6.12.1-1-cloud-amd64") > numbers("6.1.0-56-cloud-amd64"));
-    }
 }
