@@ -34,7 +34,7 @@ use crate::{
     launch::{self, LaunchError, launch},
     machine::{self, Launched},
     paths::{PodPaths, allow_missing},
-    pod::{Pod, Provision},
+    pod::{DRAIN_LIMIT, Pod, Provision},
     processes::raise_own_oom_score,
     service,
     share::enter_mount_namespace,
@@ -150,7 +150,7 @@ async fn serve(
     let (handle, owner) = machine::machine();
     tokio::spawn(machine::supervise(launched, owner, boot_limit, Arc::clone(&timeline), log.clone()));
     let events = Publisher::start(destination(flags), &flags.namespace, log.clone());
-    let pod = Pod::new(handle, provision, events.clone(), Arc::clone(&timeline), log.clone());
+    let pod = Pod::new(handle, provision, events.clone(), DRAIN_LIMIT, Arc::clone(&timeline), log.clone());
     let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service::services(&pod));
     server.start().await.context("cannot serve")?;
     timeline.mark(Stage::ShimStart);

@@ -94,6 +94,8 @@ impl Pod {
         let _ = self.first.set(request.id.clone());
         let copies = connected.copy(Some(self.first_output()));
 
+        // Last, because from here on writers get on.
+        copies.open_input();
         let mut tasks = self.tasks();
         tasks.prepared(name, machine.pid, copies)?;
         let io = TaskIO {

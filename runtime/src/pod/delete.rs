@@ -8,7 +8,7 @@ use std::{
 use caisson_protos::agent::KillRequest;
 use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
 use slog::debug;
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::timeout};
 use ttrpc::context::with_duration;
 
 use super::{Pod, limited, process_request};
@@ -19,8 +19,10 @@ use crate::{
     tasks::Name,
 };
 
-/// How long Delete waits for output that has not been read, as containerd's own shim does.
-const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// How long Delete waits for output that its reader does not go on reading, as containerd's own shim does.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// How long the end of a pod that was not asked for by its client waits for output in all.
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// How long a killed process may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -77,11 +79,11 @@ impl Pod {
 
     /// What output is still on its way reaches its readers, and loggers end, as at a Delete of every process.
     pub(super) async fn end_streams(&self) {
-        let mut ending = JoinSet::new();
+        let (stall, mut ending) = (self.drain_limit, JoinSet::new());
         for copies in self.tasks().take_copies() {
             let log = self.log.clone();
             ending.spawn(async move {
-                copies.drained(DRAIN_LIMIT).await;
+                let _ = timeout(END_LIMIT, copies.drained(stall)).await;
                 copies.end(&log).await;
             });
         }
@@ -98,7 +100,7 @@ impl Pod {
             let ended = machine.agent.wait(with_duration(KILL_LIMIT), &request);
             let _ = self.agent_call("Wait", ended).await;
         }
-        let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(DRAIN_LIMIT));
+        let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(self.drain_limit));
         if let Some(drained) = drained
             && !unstarted
             && !drained.await

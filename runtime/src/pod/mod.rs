@@ -20,6 +20,7 @@ use slog::{Logger, error};
 use tokio::{sync::watch, time::timeout};
 use ttrpc::context::{Context, with_duration};
 
+pub use self::delete::DRAIN_LIMIT;
 use crate::{
     allotment::Allotment,
     errors::TaskError,
@@ -71,6 +72,8 @@ pub struct Pod {
     spec: Mutex<Option<(String, BundleSpec)>>,
     /// The first container that was created: the one whose namespaces others of the pod may join.
     first: OnceLock<String>,
+    /// How long output may stand still before Delete gives it up.
+    drain_limit: Duration,
     timeline: Arc<Timeline>,
     log: Logger,
     ended: watch::Sender<bool>,
@@ -98,6 +101,7 @@ impl Pod {
         machine: MachineHandle,
         provision: Provision,
         events: Publisher,
+        drain_limit: Duration,
         timeline: Arc<Timeline>,
         log: Logger,
     ) -> Arc<Self> {
@@ -111,6 +115,7 @@ impl Pod {
             tasks: Mutex::new(Tasks::new(events)),
             spec: Mutex::new(provision.spec),
             first: OnceLock::new(),
+            drain_limit,
             timeline,
             log,
             ended: watch::Sender::new(false),

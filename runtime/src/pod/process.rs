@@ -66,7 +66,13 @@ impl Pod {
     /// # Errors
     /// NOT_FOUND, FAILED_PRECONDITION, or why the program does not run.
     pub async fn start(self: &Arc<Self>, name: Name) -> Result<u32, TaskError> {
-        self.tasks().begin_start(&name)?;
+        {
+            let mut tasks = self.tasks();
+            tasks.begin_start(&name)?;
+            if let Some(copies) = &tasks.entry(&name)?.copies {
+                copies.start_input();
+            }
+        }
         let started = match self.machine.get() {
             Ok(machine) => {
                 let request = process_request(&name);

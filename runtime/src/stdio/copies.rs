@@ -2,23 +2,30 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use slog::{Logger as Log, debug, warn};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::unix::pipe::Sender,
     sync::watch,
     task::{AbortHandle, JoinSet},
     time::timeout,
 };
 
-use super::{Connected, Sink, logger::Logger};
+use super::{
+    Connected, Sink,
+    input::{Input, OPEN_LIMIT},
+    logger::Logger,
+};
 
 /// Bytes that one read takes at most; a FIFO holds 64 KiB.
-const BUFFER: usize = 32 * 1024;
+pub(super) const BUFFER: usize = 32 * 1024;
 
 /// Called once, when the first byte of output has come.
 pub type FirstOutput = Arc<dyn Fn() + Send + Sync>;
@@ -26,18 +33,21 @@ pub type FirstOutput = Arc<dyn Fn() + Send + Sync>;
 impl Connected {
     /// Lets it flow.
     pub fn copy(self, first_output: Option<FirstOutput>) -> Copies {
-        let mut outputs = JoinSet::new();
+        let (mut outputs, mut progresses) = (JoinSet::new(), Vec::new());
         for (name, output) in ["stdout", "stderr"].into_iter().zip(self.outputs) {
             let Some((sink, stream)) = output else { continue };
             // The guest's end of this stream was half-closed by nobody: the shim writes nothing to it.
             let (log, first) = (self.log.clone(), first_output.clone());
+            let (progress, open) = Progress::new(&sink);
+            progresses.push(progress.clone());
             outputs.spawn(async move {
+                let _open = open;
                 let copied = match sink {
-                    Sink::Pipe(pipe) => pump(stream, pipe, first).await,
-                    Sink::File(file) => pump(stream, file, first).await,
+                    Sink::Pipe(pipe) => pump(stream, pipe, first, &progress).await,
+                    Sink::File(file) => pump(stream, file, first, &progress).await,
                 };
                 if let Err(error) = copied {
-                    warn!(log, "output has nowhere to go any more"; "stream" => name, "error" => %error);
+                    warn!(log, "output cannot be written any more"; "stream" => name, "error" => %error);
                 }
             });
         }
@@ -46,24 +56,43 @@ impl Connected {
             while outputs.join_next().await.is_some() {}
             let _ = drained.send(true);
         });
-        let (holder, stdin) = match self.stdin {
-            Some(((fifo, holder), stream)) => {
-                let log = self.log.clone();
-                let copy = async move {
-                    if let Err(error) = pump(fifo, stream, None).await {
-                        debug!(log, "input is not read any more"; "error" => %error);
-                    }
-                };
-                (Some(holder), Some(tokio::spawn(copy)))
-            }
-            None => (None, None),
-        };
         Copies {
-            holder: Mutex::new(holder),
+            close: watch::Sender::new(false),
+            input: Mutex::new(self.stdin),
             done,
-            tasks: [Some(outputs.abort_handle()), stdin.map(|task| task.abort_handle())],
+            progresses,
+            outputs: outputs.abort_handle(),
+            stdin: Mutex::new(None),
             loggers: self.loggers,
+            log: self.log,
         }
+    }
+}
+
+/// How far the output of one stream has come on its way to its reader.
+#[derive(Clone, Debug)]
+struct Progress {
+    /// Bytes that were written into the FIFO or file.
+    written: Arc<AtomicU64>,
+    /// The pipe, to ask how much its reader has left in it. Weak: what holds it open ends with the copy.
+    pipe: Weak<OwnedFd>,
+}
+
+impl Progress {
+    /// And what must live as long as the copy.
+    fn new(sink: &Sink) -> (Self, Option<Arc<OwnedFd>>) {
+        let pipe = match sink {
+            Sink::Pipe(pipe) => pipe.as_fd().try_clone_to_owned().ok().map(Arc::new),
+            Sink::File(_) => None,
+        };
+        let weak = pipe.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        (Self { written: Arc::default(), pipe: weak }, pipe)
+    }
+
+    /// A number that changes whenever something was written or read.
+    fn taken(&self) -> u64 {
+        let unread = self.pipe.upgrade().and_then(|pipe| rustix::io::ioctl_fionread(pipe).ok()).unwrap_or(0);
+        self.written.load(Ordering::Relaxed).wrapping_sub(unread)
     }
 }
 
@@ -71,41 +100,101 @@ impl Connected {
 async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
-    first: Option<FirstOutput>,
+    mut first: Option<FirstOutput>,
+    progress: &Progress,
 ) -> io::Result<()> {
-    let mut first = first;
     let mut buffer = vec![0; BUFFER];
     // An error is an end, too: the machine's.
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
         if let Some(first) = first.take() {
             first();
         }
-        let Some(bytes) = buffer.get(..read) else { break };
-        to.write_all(bytes).await?;
+        let mut bytes = buffer.get(..read).unwrap_or_default();
+        while !bytes.is_empty() {
+            let written = to.write(bytes).await?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            bytes = bytes.get(written..).unwrap_or_default();
+            progress.written.fetch_add(written as u64, Ordering::Relaxed);
+        }
     }
+    to.flush().await?;
     to.shutdown().await
 }
 
-/// The running copies of one process. Dropped, they end at once, and their loggers with them.
+/// The copies of one process; output flows from the beginning, input from [`Self::start_input`] on. Dropped, they end at
+/// once, and their loggers with them.
 #[derive(Debug)]
 pub struct Copies {
-    holder: Mutex<Option<Sender>>,
+    /// True after CloseIO.
+    close: watch::Sender<bool>,
+    /// Until the start.
+    input: Mutex<Option<Input>>,
     done: watch::Receiver<bool>,
-    tasks: [Option<AbortHandle>; 2],
+    progresses: Vec<Progress>,
+    outputs: AbortHandle,
+    stdin: Mutex<Option<AbortHandle>>,
     loggers: Vec<Logger>,
+    log: Log,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Copies {
-    /// Ends the input after what the client has written, when the client has closed its end.
-    pub fn close_stdin(&self) {
-        drop(self.holder.lock().unwrap_or_else(PoisonError::into_inner).take());
+    /// Lets the client's writers open the input and write before the process is started: the last act of Create.
+    pub fn open_input(&self) {
+        let mut input = lock(&self.input);
+        if let Some(Err(error)) = input.as_mut().map(Input::open) {
+            warn!(self.log, "cannot open the stdin FIFO: the process gets an empty input"; "error" => %error);
+            // Dropped, the stream to the agent ends.
+            *input = None;
+        }
     }
 
-    /// Waits until all output is in its FIFOs, but no longer than `limit`: something that still holds the output in the
-    /// guest, or a client that does not read, must not hold up a Delete.
-    pub fn drained(&self, limit: Duration) -> impl Future<Output = bool> + use<> {
-        let mut done = self.done.clone();
-        async move { timeout(limit, done.wait_for(|done| *done)).await.is_ok() }
+    /// Lets the input flow. Called once, when the process is started: whoever writes it knows the process by now and can
+    /// call CloseIO.
+    pub fn start_input(&self) {
+        self.start_input_within(OPEN_LIMIT);
+    }
+
+    pub(super) fn start_input_within(&self, limit: Duration) {
+        let Some(input) = lock(&self.input).take() else { return };
+        let (closing, log) = (self.close.subscribe(), self.log.clone());
+        let copy = tokio::spawn(async move {
+            if let Err(error) = input.copy(closing, limit).await {
+                debug!(log, "input is not read any more"; "error" => %error);
+            }
+        });
+        *lock(&self.stdin) = Some(copy.abort_handle());
+    }
+
+    /// Ends the input after what the client has written, when the client has closed its end. It may come before the
+    /// process is started.
+    pub fn close_stdin(&self) {
+        self.close.send_replace(true);
+    }
+
+    /// Waits until all output is in its FIFOs: as long as it moves on, and `stall` beyond. Something that holds the output in
+    /// the guest, or a client that does not read, must not hold up a Delete. False if it was given up.
+    pub fn drained(&self, stall: Duration) -> impl Future<Output = bool> + use<> {
+        let (mut done, progresses) = (self.done.clone(), self.progresses.clone());
+        let taken = move || progresses.iter().map(Progress::taken).collect::<Vec<_>>();
+        async move {
+            let mut before = taken();
+            loop {
+                if timeout(stall, done.wait_for(|done| *done)).await.is_ok() {
+                    return true;
+                }
+                let now = taken();
+                if now == before {
+                    return false;
+                }
+                before = now;
+            }
+        }
     }
 
     /// Ends them, and gives the loggers their time to end.
@@ -122,8 +211,9 @@ impl Copies {
     }
 
     fn abort(&self) {
-        for task in self.tasks.iter().flatten() {
-            task.abort();
+        self.outputs.abort();
+        if let Some(stdin) = lock(&self.stdin).take() {
+            stdin.abort();
         }
     }
 }

@@ -9,9 +9,10 @@
 //! ```
 //!
 //! As containerd's own shim does, this end holds an output FIFO open for reading too, so that a client may go and come
-//! back, and holds an input FIFO open for writing until CloseIO, so that the input ends when somebody says so.
+//! back, and holds an input FIFO open for writing until CloseIO ([`input`] says from when on).
 
 mod copies;
+pub mod input;
 pub mod logger;
 pub mod target;
 
@@ -26,11 +27,12 @@ use caisson_protos::{agent, guest::STDIO_PORT};
 use slog::Logger as Log;
 use tokio::net::{
     UnixStream,
-    unix::pipe::{OpenOptions, Receiver, Sender},
+    unix::pipe::{OpenOptions, Sender},
 };
 
 pub use self::copies::{Copies, FirstOutput};
 use self::{
+    input::{Fifo, Input},
     logger::{Logger, LoggerError, Owner},
     target::{Target, TargetError},
 };
@@ -121,7 +123,7 @@ enum Sink {
 /// The host's side, opened. Opening a FIFO never waits for its other side.
 #[derive(Debug)]
 pub struct Opened {
-    stdin: Option<(Receiver, Sender)>,
+    stdin: Option<Fifo>,
     outputs: [Option<Sink>; 2],
     loggers: Vec<Logger>,
     terminal: bool,
@@ -137,7 +139,10 @@ impl Opened {
         let parse = |stream, name| Target::parse(name).map_err(|source| StdioError::Target { stream, source });
         let stdout = parse("stdout", &stdio.stdout)?;
         let stderr = if stdio.terminal { Target::None } else { parse("stderr", &stdio.stderr)? };
-        let stdin = input(&stdio.stdin)?;
+        let stdin = match stdio.stdin.as_str() {
+            "" => None,
+            path => Some(opened("stdin", path, Fifo::find(path))?),
+        };
         let mut loggers = Vec::new();
         let outputs = match (stdout, stderr) {
             // One logger gets both streams, also when only the first has a name.
@@ -175,7 +180,7 @@ impl Opened {
         ports.terminal = self.terminal;
         Ok(Connected {
             ports,
-            stdin: self.stdin.zip(to_stdin.map(|(stream, _)| stream)),
+            stdin: self.stdin.zip(to_stdin).map(|(fifo, (stream, _))| Input::new(fifo, stream)),
             outputs: [
                 stdout.zip(from_stdout.map(|(stream, _)| stream)),
                 stderr.zip(from_stderr.map(|(stream, _)| stream)),
@@ -188,15 +193,6 @@ impl Opened {
 
 fn opened<T>(stream: &'static str, path: &str, result: io::Result<T>) -> Result<T, StdioError> {
     result.map_err(|source| StdioError::Open { stream, path: path.to_owned(), source })
-}
-
-fn input(path: &str) -> Result<Option<(Receiver, Sender)>, StdioError> {
-    if path.is_empty() {
-        return Ok(None);
-    }
-    let reader = opened("stdin", path, OpenOptions::new().open_receiver(path))?;
-    let holder = opened("stdin", path, OpenOptions::new().open_sender(path))?;
-    Ok(Some((reader, holder)))
 }
 
 async fn output(
@@ -244,7 +240,7 @@ fn append_to(path: &Path, make: bool) -> io::Result<File> {
 pub struct Connected {
     /// What the agent is told.
     pub ports: agent::Stdio,
-    stdin: Option<((Receiver, Sender), UnixStream)>,
+    stdin: Option<Input>,
     outputs: [Option<(Sink, UnixStream)>; 2],
     loggers: Vec<Logger>,
     log: Log,

@@ -40,12 +40,173 @@ async fn connected(stdio: &Stdio) -> (Connected, Vec<UnixStream>) {
     };
     let connected = Connected {
         ports: agent::Stdio::new(),
-        stdin: opened.stdin.map(|stdin| (stdin, pair())),
+        stdin: opened.stdin.map(|fifo| Input::new(fifo, pair())),
         outputs: opened.outputs.map(|output| output.map(|sink| (sink, pair()))),
         loggers: opened.loggers,
         log: opened.log,
     };
     (connected, guest)
+}
+
+/// A client that opens the FIFO as soon as there is a reader.
+async fn writer(path: &str) -> Sender {
+    let opened = async {
+        loop {
+            match OpenOptions::new().open_sender(path) {
+                Ok(sender) => return sender,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    };
+    timeout(LIMIT, opened).await.expect("somebody opens the FIFO for reading")
+}
+
+async fn all(mut guest: UnixStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    timeout(LIMIT, guest.read_to_end(&mut bytes)).await.expect("the input ends").unwrap();
+    bytes
+}
+
+/// A client in a thread of its own that waits in open(2), as containerd's do, writes and closes.
+fn client(path: &str, bytes: &[u8]) -> std::thread::JoinHandle<()> {
+    let (path, bytes) = (path.to_owned(), bytes.to_vec());
+    std::thread::spawn(move || {
+        let mut fifo = File::options().write(true).open(path).unwrap();
+        std::io::Write::write_all(&mut fifo, &bytes).unwrap();
+    })
+}
+
+/// When a client calls CloseIO.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Close {
+    BeforeStart,
+    AtOnce,
+    AfterTheWriter,
+}
+
+#[tokio::test]
+async fn every_length_of_input_arrives_and_ends_whenever_close_io_comes() {
+    for length in [0, 1, 64 * 1024, 3 << 20] {
+        for close in [Close::BeforeStart, Close::AtOnce, Close::AfterTheWriter] {
+            for is_init in [true, false] {
+                let directory = tempfile::tempdir().unwrap();
+                let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
+                let (connected, mut guest) = connected(&stdio).await;
+                let sent = numbers(1 << 20);
+                let sent = &sent[..length];
+                let client = client(&stdio.stdin, sent);
+                let copies = connected.copy(None);
+                if is_init {
+                    copies.open_input();
+                }
+                if close == Close::BeforeStart {
+                    copies.close_stdin();
+                }
+                copies.start_input_within(LIMIT);
+                if close == Close::AtOnce {
+                    copies.close_stdin();
+                }
+                let got = tokio::spawn(all(guest.remove(0)));
+                tokio::task::spawn_blocking(move || client.join().unwrap()).await.unwrap();
+                if close == Close::AfterTheWriter {
+                    copies.close_stdin();
+                }
+                assert!(got.await.unwrap() == sent, "{length} bytes, {close:?}, init: {is_init}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn input_that_ended_before_start_needs_no_close_io() {
+    for length in [0, 1, 60 * 1024] {
+        let directory = tempfile::tempdir().unwrap();
+        let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
+        let (connected, mut guest) = connected(&stdio).await;
+        let client = client(&stdio.stdin, &vec![7; length]);
+        let copies = connected.copy(None);
+        copies.open_input();
+        client.join().unwrap();
+        copies.start_input_within(LIMIT);
+        assert_eq!(all(guest.remove(0)).await.len(), length);
+    }
+}
+
+/// `ctr … </dev/null`: the client has closed the FIFO before anybody opened it, and calls nothing.
+#[tokio::test]
+async fn input_that_nobody_opens_ends() {
+    for is_init in [true, false] {
+        let directory = tempfile::tempdir().unwrap();
+        let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
+        let (connected, mut guest) = connected(&stdio).await;
+        let copies = connected.copy(None);
+        if is_init {
+            copies.open_input();
+        }
+        copies.start_input_within(Duration::from_millis(1));
+        assert_eq!(all(guest.remove(0)).await, b"");
+    }
+}
+
+#[tokio::test]
+async fn an_open_but_silent_writer_keeps_the_input_open() {
+    let directory = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
+    let (connected, mut guest) = connected(&stdio).await;
+    let copies = connected.copy(None);
+    copies.open_input();
+    let mut client = writer(&stdio.stdin).await;
+    copies.start_input_within(Duration::from_millis(1));
+    let mut guest = guest.remove(0);
+    assert!(
+        timeout(Duration::from_millis(50), guest.read(&mut [0; 1])).await.is_err(),
+        "nothing came and nothing ended"
+    );
+    client.write_all(b"late").await.unwrap();
+    drop(client);
+    copies.close_stdin();
+    assert_eq!(all(guest).await, b"late");
+}
+
+#[tokio::test]
+async fn a_name_that_the_client_removed_is_still_its_fifo() {
+    let directory = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
+    let (connected, mut guest) = connected(&stdio).await;
+    let copies = connected.copy(None);
+    copies.open_input();
+    let mut client = writer(&stdio.stdin).await;
+    fs::remove_file(&stdio.stdin).unwrap();
+    copies.start_input();
+    client.write_all(b"hello").await.unwrap();
+    drop(client);
+    copies.close_stdin();
+    assert_eq!(all(guest.remove(0)).await, b"hello");
+}
+
+/// The limit counts from the last byte that the reader took.
+#[tokio::test]
+async fn output_is_waited_for_as_long_as_its_reader_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdout: fifo(directory.path(), "out"), ..Stdio::default() };
+    let (connected, mut guest) = connected(&stdio).await;
+    let mut reader = OpenOptions::new().open_receiver(&stdio.stdout).unwrap();
+    let copies = connected.copy(None);
+    let sent = vec![5; 1 << 20];
+    let mut out = guest.remove(0);
+    let writer = tokio::spawn(async move { out.write_all(&sent).await });
+    let stall = Duration::from_millis(300);
+    let drained = tokio::spawn(copies.drained(stall));
+    // One byte at a time, far slower than the limit in all: less than a page at a time makes no room for the writer.
+    for _ in 0..15 {
+        reader.read_exact(&mut [0; 1]).await.unwrap();
+        tokio::time::sleep(stall / 5).await;
+    }
+    assert!(!drained.is_finished(), "the reader goes on");
+    let mut rest = vec![0; (1 << 20) - 15];
+    timeout(LIMIT, reader.read_exact(&mut rest)).await.expect("all of it").unwrap();
+    writer.await.unwrap().unwrap();
+    assert!(timeout(LIMIT, drained).await.expect("it ends").unwrap(), "nothing was given up");
 }
 
 /// Bytes in which each place can be told from every other.
@@ -60,7 +221,8 @@ async fn input_ends_only_after_close_io_and_the_clients_own_close() {
     let (connected, mut guest) = connected(&stdio).await;
     let mut guest = guest.remove(0);
     let copies = connected.copy(None);
-    let mut client = OpenOptions::new().open_sender(&stdio.stdin).unwrap();
+    copies.start_input();
+    let mut client = writer(&stdio.stdin).await;
     client.write_all(b"one").await.unwrap();
     drop(client);
     let mut buffer = [0; 16];

@@ -50,6 +50,9 @@ use crate::{
 /// How long any one thing may take before the test gives up on it.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
+/// How long output may stand still before Delete gives it up: real pods give it longer.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
 /// containerd's events service, which can go away and come back.
 #[derive(Default)]
 struct Containerd {
@@ -134,7 +137,7 @@ impl Bench {
         let timeline = Arc::new(Timeline::new(now_ns()));
         let provision =
             Provision { share: Some(share), host: Some(host), has_host_share: true, ..Provision::default() };
-        let pod = Pod::new(handle, provision, publisher.clone(), timeline, log);
+        let pod = Pod::new(handle, provision, publisher.clone(), DRAIN_LIMIT, timeline, log);
         let socket = format!("unix://{}", directory.path().join("task.sock").display());
         let mut server = Server::new().bind(&socket).unwrap().register_service(service::services(&pod));
         server.start().await.unwrap();
