@@ -75,6 +75,18 @@ pub enum Source {
     },
     /// A character device that the guest has itself: major and minor number.
     Device(u32, u32),
+    /// What the mount at this earlier position has. One mount for both, so that both are one file to the guest: locks, sockets,
+    /// FIFOs and shared mappings meet.
+    Same(u32),
+}
+
+/// What makes two sources one: the mount and the file in it, and what may be done with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    mount: u64,
+    inode: u64,
+    recursive: bool,
+    read_only: bool,
 }
 
 /// What a source turned out to be.
@@ -89,7 +101,23 @@ enum Kind {
 /// # Errors
 /// [`BindError`] names the mount, its source and why it cannot be.
 pub fn open(binds: &[Bind]) -> Result<Vec<(u32, Source)>, BindError> {
-    binds.iter().map(|bind| Ok((bind.index, open_one(bind)?))).collect()
+    let mut known: Vec<(Identity, u32)> = Vec::new();
+    let mut sources = Vec::with_capacity(binds.len());
+    for bind in binds {
+        let (source, kind, identity) = look(bind)?;
+        let first = known.iter().find(|(other, _)| *other == identity);
+        let opened = match (kind, first) {
+            (Kind::Device(major, minor), _) => Source::Device(major, minor),
+            (_, Some((_, index))) => Source::Same(*index),
+            (Kind::Directory, None) => copy(bind, &source, true)?,
+            (Kind::File, None) => copy(bind, &source, false)?,
+        };
+        if matches!(opened, Source::Tree { .. }) {
+            known.push((identity, bind.index));
+        }
+        sources.push((bind.index, opened));
+    }
+    Ok(sources)
 }
 
 /// Looks at all sources without taking anything.
@@ -104,35 +132,32 @@ fn failed(bind: &Bind, reason: impl Into<String>) -> BindError {
     BindError { field: bind.field(), source_path: bind.source.clone(), reason: reason.into() }
 }
 
-fn open_one(bind: &Bind) -> Result<Source, BindError> {
-    let (source, kind) = look(bind)?;
-    let directory = match kind {
-        Kind::Device(major, minor) => return Ok(Source::Device(major, minor)),
-        Kind::Directory => true,
-        Kind::File => false,
-    };
+fn copy(bind: &Bind, source: &OwnedFd, directory: bool) -> Result<Source, BindError> {
     let recursive = if bind.recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let tree = open_tree(&source, c"", flags | recursive)
+    let tree = open_tree(source, c"", flags | recursive)
         .map_err(|errno| failed(bind, format!("cannot be copied as a mount: {errno}")))?;
     fetter_tree(tree.as_fd(), bind.read_only)
         .map_err(|error| failed(bind, format!("cannot be made safe to serve: {error}")))?;
     // What was mounted below it between the look and the copy is in the copy.
-    look_below(bind, &source)?;
+    look_below(bind, source)?;
     Ok(Source::Tree { tree, directory })
 }
 
-fn look(bind: &Bind) -> Result<(OwnedFd, Kind), BindError> {
+fn look(bind: &Bind) -> Result<(OwnedFd, Kind, Identity), BindError> {
     let system = |what: &'static str| move |error: io::Error| failed(bind, format!("cannot be {what}: {error}"));
     let source = openat(CWD, &bind.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| system("opened")(errno.into()))?;
-    let stat = statx(&source, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
+    let stat = statx(&source, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
         .map_err(|errno| system("looked at")(errno.into()))?;
+    let identity =
+        Identity { mount: stat.stx_mnt_id, inode: stat.stx_ino, recursive: bind.recursive, read_only: bind.read_only };
     let kind = match FileType::from_raw_mode(stat.stx_mode.into()) {
         FileType::Directory => Kind::Directory,
         FileType::RegularFile => Kind::File,
         FileType::CharacterDevice if is_guests_own(stat.stx_rdev_major, stat.stx_rdev_minor) => {
-            return Ok((source, Kind::Device(stat.stx_rdev_major, stat.stx_rdev_minor)));
+            let device = Kind::Device(stat.stx_rdev_major, stat.stx_rdev_minor);
+            return Ok((source, device, identity));
         }
         FileType::CharacterDevice | FileType::BlockDevice => {
             let number = format!("{}:{}", stat.stx_rdev_major, stat.stx_rdev_minor);
@@ -157,7 +182,7 @@ fn look(bind: &Bind) -> Result<(OwnedFd, Kind), BindError> {
         ));
     }
     look_below(bind, &source)?;
-    Ok((source, kind))
+    Ok((source, kind, identity))
 }
 
 /// Checks where the source really lies, and what is mounted below it.

@@ -1,4 +1,5 @@
-//! `caisson check`: is this host fit to run pods? Each check prints one line, and what to do if it failed.
+//! `caisson check`: is this host fit to run pods? Each check prints one line, and what to do if it failed. The last one boots a
+//! machine ([`crate::trial`]).
 
 use std::{
     io::{self, Write},
@@ -11,6 +12,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use crate::{
     config::Config,
     host::{check_kvm, open_initramfs, open_kernel},
+    trial,
 };
 
 /// The oldest containerd whose shim interface is spoken here.
@@ -44,6 +46,9 @@ pub fn check(out: &mut impl Write) -> io::Result<bool> {
     tell("file server", executable(&config.file_server()))?;
     tell("containerd", containerd())?;
     tell("cgroup", cgroup2())?;
+    // What only a running machine shows: /dev/kvm may have all that is needed and still run no guest, as in many virtual machines.
+    let booted = trial::boot(&config);
+    tell("boot", booted.map(|took| format!("a machine's agent answered {} ms after its start", took.as_millis())))?;
     Ok(all)
 }
 

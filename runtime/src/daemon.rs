@@ -34,7 +34,7 @@ use crate::{
     launch::{self, LaunchError, launch},
     machine::{self, Launched},
     paths::{PodPaths, allow_missing},
-    pod::{DRAIN_LIMIT, Pod, Provision},
+    pod::{Limits, Pod, Provision, Provisions},
     processes::raise_own_oom_score,
     service,
     share::enter_mount_namespace,
@@ -98,7 +98,7 @@ impl Prepared {
         let state_dir = config.as_ref().map_or_else(|_| Config::default().state_dir, |config| config.state_dir.clone());
         let paths = PodPaths::new(&state_dir, &flags.namespace, &flags.id);
         let socket = paths.socket(&flags.address, &flags.namespace, &flags.id);
-        let (boot_limit, provision) = (Duration::from_secs(30), Provision::default());
+        let (boot_limit, provision) = (Duration::from_secs(30), Provision::Failed);
         let mut prepared = Self { paths, socket, boot_limit, provision, launched: Err(String::new()) };
         prepared.launched = config.and_then(|config| prepared.launch(&config, flags, bundle, log));
         prepared
@@ -110,17 +110,20 @@ impl Prepared {
         let spec = BundleSpec::read(bundle).and_then(|spec| spec.check_first().map(|()| spec));
         let spec = self.accept(spec)?;
         self.accept(binds::check(&spec.binds))?;
-        self.provision.host = Some(enter_mount_namespace().map_err(|error| error.to_string())?);
+        let host = enter_mount_namespace().map_err(|error| error.to_string())?;
         let (namespace, id, socket) = (&flags.namespace, &flags.id, &self.socket);
         let pod = launch::Pod { namespace, id, bundle, socket, spec: &spec };
         let launched = match launch(config, &self.paths, pod, log.as_fd()) {
             Err(LaunchError::Cgroup(error)) if error.is_refusal() => self.accept(Err(error))?,
             launched => launched.map_err(|error| error.to_string())?,
         };
-        self.provision.spec = Some((flags.id.clone(), spec));
-        self.provision.share = Some(launched.share);
-        self.provision.has_host_share = launched.has_host_share;
-        self.provision.allotment = Some(launched.allotment);
+        self.provision = Provision::Ready(Box::new(Provisions {
+            share: launched.share,
+            spec: Some((flags.id.clone(), spec)),
+            host,
+            allotment: Some(launched.allotment),
+            has_host_share: launched.has_host_share,
+        }));
         Ok(launched.machine)
     }
 
@@ -128,7 +131,7 @@ impl Prepared {
     fn accept<T>(&mut self, checked: Result<T, impl ToString>) -> Result<T, String> {
         checked.map_err(|error| {
             let message = error.to_string();
-            self.provision.refused = Some(message.clone());
+            self.provision = Provision::Refused(message.clone());
             message
         })
     }
@@ -150,7 +153,7 @@ async fn serve(
     let (handle, owner) = machine::machine();
     tokio::spawn(machine::supervise(launched, owner, boot_limit, Arc::clone(&timeline), log.clone()));
     let events = Publisher::start(destination(flags), &flags.namespace, log.clone());
-    let pod = Pod::new(handle, provision, events.clone(), DRAIN_LIMIT, Arc::clone(&timeline), log.clone());
+    let pod = Pod::new(handle, provision, events.clone(), Limits::default(), Arc::clone(&timeline), log.clone());
     let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service::services(&pod));
     server.start().await.context("cannot serve")?;
     timeline.mark(Stage::ShimStart);

@@ -14,6 +14,16 @@ use crate::{
 pub struct TaskError {
     code: Code,
     message: String,
+    silence: Option<Silence>,
+}
+
+/// Why the agent has not said what became of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Silence {
+    /// The connection to it broke: the machine has ended, or is about to.
+    Lost,
+    /// The call's time was up: it may still succeed in the guest.
+    Deadline,
 }
 
 /// What the guest says is cut to this many characters.
@@ -21,7 +31,7 @@ const MAX_GUEST_TEXT: usize = 1024;
 
 impl TaskError {
     fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), silence: None }
     }
 
     /// NOT_FOUND.
@@ -49,9 +59,20 @@ impl TaskError {
         Self::new(Code::UNIMPLEMENTED, format!("{verb} is not implemented by io.containerd.caisson.v2"))
     }
 
-    /// UNAVAILABLE: the machine is not there (any more).
+    /// UNAVAILABLE: it cannot be done now.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(Code::UNAVAILABLE, message)
+    }
+
+    /// UNAVAILABLE: the machine is not there (any more), so nothing runs in it.
+    pub fn lost(message: impl Into<String>) -> Self {
+        Self { silence: Some(Silence::Lost), ..Self::unavailable(message) }
+    }
+
+    /// DEADLINE_EXCEEDED: the agent has not answered `call` in time, and may still do what was asked.
+    pub fn deadline(call: &str) -> Self {
+        let message = format!("the agent has not answered {call} in time");
+        Self { silence: Some(Silence::Deadline), ..Self::new(Code::DEADLINE_EXCEEDED, message) }
     }
 
     /// INTERNAL: a fault of the shim's own.
@@ -71,24 +92,29 @@ impl TaskError {
                 | Code::FAILED_PRECONDITION
                 | Code::INVALID_ARGUMENT
                 | Code::UNIMPLEMENTED) => Self::new(code, clean(status.message())),
-                Code::DEADLINE_EXCEEDED => Self::unavailable(format!("the agent's {call} took too long")),
+                Code::DEADLINE_EXCEEDED => Self::deadline(call),
                 Code::UNAVAILABLE | Code::RESOURCE_EXHAUSTED | Code::ABORTED | Code::CANCELLED => {
                     Self::unavailable(format!("the agent cannot {call} now: {}", clean(status.message())))
                 }
                 _ => Self::internal(format!("the agent's {call} failed: {}", clean(status.message()))),
             },
-            other => Self::unavailable(format!("the agent did not answer {call}: {}", clean(&other.to_string()))),
+            other => Self::lost(format!("the agent did not answer {call}: {}", clean(&other.to_string()))),
         }
     }
 
     /// The same error with what was being done in front.
     pub fn context(self, what: &str) -> Self {
-        Self { code: self.code, message: format!("{what}: {}", self.message) }
+        Self { message: format!("{what}: {}", self.message), ..self }
     }
 
     /// The code.
     pub fn code(&self) -> Code {
         self.code
+    }
+
+    /// None if what became of the call is known.
+    pub fn silence(&self) -> Option<Silence> {
+        self.silence
     }
 }
 
@@ -146,7 +172,7 @@ mod tests {
         let long = ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, "x".repeat(100_000)));
         assert!(TaskError::from_agent("Start", &long).to_string().len() < 2000);
         let gone = TaskError::from_agent("Kill", &ttrpc::Error::RemoteClosed);
-        assert_eq!(gone.code(), Code::UNAVAILABLE);
+        assert_eq!((gone.code(), gone.silence()), (Code::UNAVAILABLE, Some(Silence::Lost)));
     }
 
     /// A guest can answer whatever it likes: containerd gets a code that it knows what to do with.
@@ -161,15 +187,14 @@ mod tests {
                 | Code::ALREADY_EXISTS
                 | Code::FAILED_PRECONDITION
                 | Code::INVALID_ARGUMENT
-                | Code::UNIMPLEMENTED => code,
-                Code::DEADLINE_EXCEEDED
-                | Code::UNAVAILABLE
-                | Code::RESOURCE_EXHAUSTED
-                | Code::ABORTED
-                | Code::CANCELLED => Code::UNAVAILABLE,
+                | Code::UNIMPLEMENTED
+                | Code::DEADLINE_EXCEEDED => code,
+                Code::UNAVAILABLE | Code::RESOURCE_EXHAUSTED | Code::ABORTED | Code::CANCELLED => Code::UNAVAILABLE,
                 _ => Code::INTERNAL,
             };
             assert_eq!(told.code(), expected, "{code:?}");
+            let silence = (code == Code::DEADLINE_EXCEEDED).then_some(Silence::Deadline);
+            assert_eq!(told.silence(), silence, "{code:?}: an agent that is busy has answered");
         }
     }
 }

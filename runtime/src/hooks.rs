@@ -7,7 +7,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Seek, Write},
     os::unix::{ffi::OsStrExt, process::CommandExt},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -68,6 +68,21 @@ pub enum HookError {
         /// The hook's timeout.
         limit: Duration,
     },
+}
+
+/// What is still to run for a container.
+#[derive(Debug)]
+pub struct Pending {
+    /// Where they run.
+    pub bundle: PathBuf,
+    /// Once it has been started.
+    pub poststart: Vec<Hook>,
+    /// The state that those get.
+    pub running: State,
+    /// Once it is gone.
+    pub poststop: Vec<Hook>,
+    /// The state that those get.
+    pub stopped: State,
 }
 
 /// The container's state as hooks are told it (the runtime specification's "State").

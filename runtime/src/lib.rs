@@ -48,6 +48,7 @@ pub mod start;
 pub mod stdio;
 pub mod tasks;
 pub mod timeline;
+pub mod trial;
 pub mod update;
 
 #[cfg(test)]

@@ -44,6 +44,7 @@ pub struct Machine {
     pub dialer: Arc<Dialer>,
     /// Calls to the agent.
     pub agent: AgentClient,
+    rpc: Client,
     /// The pid of caisson-vmm on the host: what containerd is told as the pid of the pod's processes, because a pid of
     /// the guest means nothing, or somebody else, on the host.
     pub pid: u32,
@@ -56,8 +57,30 @@ impl Machine {
     /// If it does not accept.
     pub async fn connect(dialer: Arc<Dialer>, pid: u32) -> Result<Self, DialError> {
         let (stream, _) = dialer.dial(AGENT_PORT).await?;
-        let agent = AgentClient::new(Client::new(Socket::new(stream)));
-        Ok(Self { dialer, agent, pid })
+        let rpc = Client::new(Socket::new(stream));
+        Ok(Self { dialer, agent: AgentClient::new(rpc.clone()), rpc, pid })
+    }
+
+    /// Calls the agent for an answer that can be large: one of more than `limit` bytes is refused before it is decoded,
+    /// because a decoded message can take forty times the memory of its bytes.
+    ///
+    /// # Errors
+    /// The call's; INTERNAL for an answer that is too large.
+    pub async fn call_bounded<T: protobuf::Message>(
+        &self,
+        method: &str,
+        request: &impl protobuf::Message,
+        limit: usize,
+    ) -> ttrpc::Result<T> {
+        let refuse = |what: String| ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, what));
+        let mut call = ttrpc::proto::Request::new();
+        (call.service, call.method) = ("caisson.agent.v1.Agent".into(), method.into());
+        call.payload = request.write_to_bytes().map_err(|error| refuse(error.to_string()))?;
+        let answer = self.rpc.request(call).await?;
+        if answer.payload.len() > limit {
+            return Err(refuse(format!("the answer has {} bytes, more than {limit}", answer.payload.len())));
+        }
+        T::parse_from_bytes(&answer.payload).map_err(|error| refuse(format!("the answer cannot be read: {error}")))
     }
 }
 
@@ -118,8 +141,8 @@ impl MachineHandle {
         let mut state = self.state.clone();
         match state.wait_for(|state| !matches!(state, MachineState::Booting)).await.as_deref() {
             Ok(MachineState::Ready(machine)) => Ok(Arc::clone(machine)),
-            Ok(MachineState::Lost(reason)) => Err(TaskError::unavailable(reason.as_ref())),
-            Ok(MachineState::Booting) | Err(_) => Err(TaskError::unavailable("the shim is ending")),
+            Ok(MachineState::Lost(reason)) => Err(TaskError::lost(reason.as_ref())),
+            Ok(MachineState::Booting) | Err(_) => Err(TaskError::lost("the shim is ending")),
         }
     }
 
@@ -130,7 +153,7 @@ impl MachineHandle {
     pub fn get(&self) -> Result<Arc<Machine>, TaskError> {
         match &*self.state.borrow() {
             MachineState::Ready(machine) => Ok(Arc::clone(machine)),
-            MachineState::Lost(reason) => Err(TaskError::unavailable(reason.as_ref())),
+            MachineState::Lost(reason) => Err(TaskError::lost(reason.as_ref())),
             MachineState::Booting => Err(TaskError::unavailable("the machine is still booting")),
         }
     }

@@ -189,6 +189,7 @@ impl Share {
                     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
                     move_mount(&tree, c"", CWD, &target, flags).map_err(|errno| failed(&target)(errno.into()))?;
                 }
+                Source::Same(_) => {}
                 // The guest's kernel takes its own device for the number; on the host the node opens nothing (nodev).
                 Source::Device(major, minor) => {
                     let mode = Mode::from_bits_truncate(0o666);

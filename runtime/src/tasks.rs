@@ -2,7 +2,11 @@
 //! change of state and the news of it happen here together, under one lock, so the order of events is the order
 //! of changes. No I/O: the calls to the agent are the pod's ([`crate::pod`]).
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use containerd_shim_protos::{
     api::{StateResponse, Status as ApiStatus},
@@ -14,8 +18,8 @@ use tokio::{sync::watch, task::JoinSet};
 use crate::{
     errors::TaskError,
     events::{Event, Publisher, timestamp},
+    hooks::Pending,
     lifecycle::{Exit, KILLED, Process, Status},
-    pod::hooks::Pending,
     share::{Binds, Rootfs},
     stdio::{Copies, Stdio},
 };
@@ -93,6 +97,8 @@ pub struct Container {
     pub rootfs: Option<Rootfs>,
     /// Its hooks that have not run yet.
     pub hooks: Option<Box<Pending>>,
+    /// How long the agent may take to start it.
+    pub start_limit: Duration,
     /// What watches it for kills for want of memory, once it was started.
     pub oom_watch: JoinSet<()>,
 }
@@ -138,6 +144,7 @@ impl<N: News> Tasks<N> {
             binds: None,
             rootfs: None,
             hooks: None,
+            start_limit: Duration::ZERO,
             oom_watch: JoinSet::new(),
         };
         self.containers.insert(id.to_owned(), container);

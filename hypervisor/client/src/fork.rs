@@ -49,6 +49,8 @@ pub(crate) struct Program<'a> {
     pub(crate) descriptors: Vec<(RawFd, RawFd)>,
     /// Where it is born: a cgroup's directory.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
+    /// Whether it gets a network namespace of its own, empty but for a loopback interface that is down.
+    pub(crate) own_network: bool,
 }
 
 /// Pointers to strings, with the null pointer at the end that execve wants.
@@ -101,6 +103,9 @@ impl Program<'_> {
                         // The parent may have died before the line above took effect.
                         if libc::getppid() as u32 != parent {
                             return libc::ESRCH;
+                        }
+                        if self.own_network && libc::unshare(libc::CLONE_NEWNET) < 0 {
+                            return *libc::__errno_location();
                         }
                         for (from, to) in &self.descriptors {
                             if libc::dup2(*from, *to) < 0 {

@@ -51,7 +51,9 @@ pub struct Child {
     reaped: Option<ExitStatus>,
 }
 
-/// Starts caisson-vmm: its process and our end of its control socket. `cgroup` as for [`Child::spawn_in`].
+/// Starts caisson-vmm: its process and our end of its control socket. `cgroup` as for [`Child::spawn_in`]. Its pid is what the
+/// host knows of the pod, so it gets a network namespace of its own: whoever configures the network of that pid (a
+/// createRuntime hook) must not change the host's.
 ///
 /// # Errors
 /// See [`SpawnError`].
@@ -62,7 +64,8 @@ pub fn spawn_monitor(
 ) -> Result<(Child, OwnedFd), SpawnError> {
     let (ours, theirs) =
         packet::pair().map_err(|source| SpawnError::Prepare { program: program.to_owned(), source })?;
-    let child = Child::spawn_in::<&str>(program, &[], &[(theirs.as_fd(), CONTROL_FD)], log, cgroup)?;
+    let descriptors = [(theirs.as_fd(), CONTROL_FD)];
+    let child = Child::spawn_with::<&str>(program, &[], &descriptors, log, cgroup, true)?;
     Ok((child, ours))
 }
 
@@ -92,6 +95,17 @@ impl Child {
         log: BorrowedFd<'_>,
         cgroup: Option<BorrowedFd<'_>>,
     ) -> Result<Self, SpawnError> {
+        Self::spawn_with(program, arguments, descriptors, log, cgroup, false)
+    }
+
+    fn spawn_with<A: AsRef<OsStr>>(
+        program: &Path,
+        arguments: &[A],
+        descriptors: &[(BorrowedFd<'_>, RawFd)],
+        log: BorrowedFd<'_>,
+        cgroup: Option<BorrowedFd<'_>>,
+        own_network: bool,
+    ) -> Result<Self, SpawnError> {
         let prepare = |source| SpawnError::Prepare { program: program.to_owned(), source };
         // Copies above every target number, so that no dup2 in the child overwrites a source that is still to come.
         let floor = descriptors.iter().map(|(_, number)| number.saturating_add(1)).max().unwrap_or(3);
@@ -106,6 +120,7 @@ impl Child {
             arguments: arguments.iter().map(AsRef::as_ref).collect(),
             descriptors: copies.iter().map(|(copy, number)| (copy.as_raw_fd(), *number)).collect(),
             cgroup,
+            own_network,
         };
         let started = program_to_start.start(floor);
         let pid = started.map_err(|source| SpawnError::Exec { program: program.to_owned(), source })?;
@@ -258,6 +273,21 @@ mod tests {
         text.clear();
         log.read_to_string(&mut text).unwrap();
         assert_eq!(text, "log an argument\n");
+    }
+
+    #[test]
+    fn a_monitor_has_a_network_namespace_of_its_own() {
+        use std::os::unix::fs::PermissionsExt;
+        let path = std::env::temp_dir().join(format!("caisson-monitor-{}", std::process::id()));
+        std::fs::write(&path, "#!/bin/sh\nexec /bin/sleep 1000\n").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let spawned = spawn_monitor(&path, null().as_fd(), None);
+        std::fs::remove_file(&path).unwrap();
+        let (child, _control) = spawned.expect("these tests run as root");
+        let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+        assert_ne!(of(&child.pid().to_string()), of("self"));
+        let other = Child::spawn(Path::new("/bin/sleep"), &["1000"], &[], null().as_fd()).unwrap();
+        assert_eq!(of(&other.pid().to_string()), of("self"));
     }
 
     #[test]

@@ -183,8 +183,11 @@ fn a_device_that_the_guest_has_becomes_a_node_for_it() {
 #[test]
 fn hundreds_fit() {
     let stage = stage();
-    fs::write(stage.host("file"), "x").unwrap();
-    let binds: Vec<_> = (0..500).map(|index| stage.bind(index, &stage.host("file"), false, true)).collect();
+    let source = |index: u32| stage.host(&format!("file-{index}"));
+    for index in 0..500 {
+        fs::write(source(index), "x").unwrap();
+    }
+    let binds: Vec<_> = (0..500).map(|index| stage.bind(index, &source(index), false, true)).collect();
     let _mounted = stage.mounted(&binds);
     assert_eq!(fs::read_to_string(stage.seen(499)).unwrap(), "x");
 }
@@ -193,9 +196,10 @@ fn hundreds_fit() {
 fn a_failure_in_the_middle_leaves_nothing() {
     let stage = stage();
     fs::write(stage.host("file"), "x").unwrap();
-    let bind = stage.bind(0, &stage.host("file"), false, true);
+    fs::write(stage.host("other"), "x").unwrap();
     // The same place twice.
-    let sources = open(&[bind.clone(), bind]).unwrap();
+    let binds = ["file", "other"].map(|name| stage.bind(0, &stage.host(name), false, true));
+    let sources = open(&binds).unwrap();
     assert!(stage.share.mount_binds("one", sources).is_err());
     assert_eq!(fs::read_dir(stage.paths.shared().join("one")).unwrap().count(), 0);
 }
@@ -206,4 +210,36 @@ proptest! {
         let _ = kernels_below(&text, Path::new(&path));
         let _ = unescape(&text);
     }
+}
+
+#[test]
+fn one_source_twice_is_one_mount_unless_something_differs() {
+    let stage = stage();
+    let (host, link) = (stage.host("d"), stage.host("link"));
+    fs::create_dir(&host).unwrap();
+    symlink(&host, &link).unwrap();
+    fs::write(host.join("file"), "").unwrap();
+    let binds = [
+        stage.bind(0, &host, true, false),
+        stage.bind(1, &host, true, false),
+        stage.bind(2, &link, true, false),
+        stage.bind(3, &host, true, true),
+        stage.bind(4, &host, false, false),
+        stage.bind(5, &host.join("file"), true, false),
+        stage.bind(6, &host.join("file"), true, false),
+    ];
+    let opened = open(&binds).unwrap();
+    let same: Vec<_> = opened
+        .iter()
+        .map(|(index, source)| match source {
+            Source::Same(first) => (*index, Some(*first)),
+            _ => (*index, None),
+        })
+        .collect();
+    assert_eq!(same, [(0, None), (1, Some(0)), (2, Some(0)), (3, None), (4, None), (5, None), (6, Some(5))]);
+    let mounted = stage.share.mount_binds("one", opened).unwrap();
+    let place = |index: u32| stage.paths.shared().join(Share::bind_place("one", index));
+    assert!(place(0).join("file").exists() && place(3).join("file").exists() && !place(1).exists());
+    drop(mounted);
+    assert!(!place(0).exists());
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use caisson_protos::agent::UpdateRequest;
+use caisson_protos::agent::{PidsResponse, UpdateRequest};
 use containerd_shim_protos::{
     api::{ProcessInfo, UpdateTaskRequest},
     shim::oci::ProcessDetails,
@@ -17,6 +17,10 @@ use crate::{errors::TaskError, metrics, tasks::Name, update};
 const UNDO_LIMIT: Duration = Duration::from_secs(10);
 /// Most processes that are listed; a guest's kernel has no more pids than this unless somebody raised kernel.pid_max.
 const MAX_PIDS: usize = 1 << 16;
+/// The largest answer to Pids, bytes: that many processes, and the names of a thousand execs.
+const MAX_PIDS_BYTES: usize = 512 << 10;
+/// The largest answer to Stats, bytes. A real one has about 5 KiB.
+const MAX_STATS: usize = 64 << 10;
 
 impl Pod {
     /// Task.Pause.
@@ -40,7 +44,7 @@ impl Pod {
     async fn pause_in_guest(&self, id: &str) -> Result<(), TaskError> {
         let (machine, request) = (self.machine.get()?, container_request(id));
         let paused = self.agent_call("Pause", machine.agent.pause(limited(), &request)).await;
-        if paused.as_ref().is_err_and(|error| error.code() == Code::UNAVAILABLE) {
+        if paused.as_ref().is_err_and(|error| error.silence().is_some() || error.code() == Code::UNAVAILABLE) {
             // Nobody knows how far it came: it must not stand still while everybody thinks that it runs.
             let _ = machine.agent.resume(with_duration(UNDO_LIMIT), &request).await;
         }
@@ -102,7 +106,8 @@ impl Pod {
     pub async fn stats(&self, id: &str) -> Result<Any, TaskError> {
         self.tasks().container(id)?;
         let (machine, request) = (self.machine.get()?, container_request(id));
-        metrics::packed(&self.agent_call("Stats", machine.agent.stats(limited(), &request)).await?)
+        let stats = machine.call_bounded("Stats", &request, MAX_STATS);
+        metrics::packed(&self.agent_call("Stats", stats).await?)
     }
 
     /// Task.Pids: pids in the guest, and the names of the execs among them.
@@ -112,7 +117,8 @@ impl Pod {
     pub async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>, TaskError> {
         self.tasks().container(id)?;
         let (machine, request) = (self.machine.get()?, container_request(id));
-        let listed = self.agent_call("Pids", machine.agent.pids(limited(), &request)).await?;
+        let pids = machine.call_bounded::<PidsResponse>("Pids", &request, MAX_PIDS_BYTES);
+        let listed = self.agent_call("Pids", pids).await?;
         let tasks = self.tasks();
         let info = |process: caisson_protos::agent::ProcessInfo| {
             let mut info = ProcessInfo { pid: process.pid, ..ProcessInfo::default() };

@@ -1,7 +1,7 @@
 //! Task.Create: the host's part of a container (spec, streams, root file system), which is done while the machine
 //! boots, and then the agent's.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::SystemTime};
 
 use caisson_protos::agent::{BindSource, CreateRequest, JoinedNamespace};
 use containerd_shim_protos::{
@@ -15,8 +15,9 @@ use super::{Pod, limited, lock};
 use crate::{
     allotment::Allotment,
     binds::{self, Source},
-    errors::TaskError,
+    errors::{Silence, TaskError},
     flags::is_identifier,
+    lifecycle::{Exit, KILLED},
     mount::Mount,
     options,
     share::{Binds, Rootfs, Share},
@@ -26,8 +27,13 @@ use crate::{
     timeline::Stage,
 };
 
-fn bind_source(container: &str, mount: u32) -> BindSource {
-    BindSource { mount, path: Share::bind_name(container, mount), ..BindSource::default() }
+/// Where the guest finds the source of the mount at position `mount`: in the place of the first mount with the same source.
+fn bind_source(container: &str, mount: u32, sources: &[(u32, Source)]) -> BindSource {
+    let same = sources.iter().find_map(|(index, source)| match source {
+        Source::Same(first) if *index == mount => Some(*first),
+        _ => None,
+    });
+    BindSource { mount, path: Share::bind_name(container, same.unwrap_or(mount)), ..BindSource::default() }
 }
 
 impl Pod {
@@ -51,6 +57,9 @@ impl Pod {
         let created = self.create_container(&name, &request, &stdio).await;
         if let Err(error) = &created {
             warn!(self.log, "container not created"; "container" => &request.id, "error" => %error);
+            if error.silence() == Some(Silence::Deadline) {
+                self.end_uncreated(&name).await;
+            }
             let hooks = self.tasks().container(&name.container).ok().and_then(|container| container.hooks.take());
             drop(self.tasks().remove(&name));
             self.run_poststop(hooks).await;
@@ -73,6 +82,8 @@ impl Pod {
         let streams = self.open_streams(name, stdio).await?;
         let rootfs = self.mount_rootfs(request, &spec.rootfs).await?;
         self.tasks().container(&name.container)?.rootfs = Some(rootfs);
+        let bind_sources: Vec<_> =
+            spec.binds.iter().map(|bind| bind_source(&request.id, bind.index, &sources)).collect();
         let binds = self.mount_binds(&request.id, sources).await?;
         self.tasks().container(&name.container)?.binds = Some(binds);
 
@@ -85,11 +96,13 @@ impl Pod {
             spec: self.guests_spec(&spec)?,
             rootfs: Share::rootfs_name(&request.id),
             stdio: MessageField::some(connected.ports.clone()),
-            binds: spec.binds.iter().map(|bind| bind_source(&request.id, bind.index)).collect(),
+            binds: bind_sources,
             joins,
             ..CreateRequest::default()
         };
-        self.agent_call("Create", machine.agent.create(limited(), &create)).await?;
+        let limit = self.limits.call.saturating_add(spec.hooks.in_guest);
+        self.tasks().container(&name.container)?.start_limit = limit;
+        self.agent_call_within("Create", limit, machine.agent.create(limited(), &create)).await?;
         self.timeline.mark(Stage::ContainerCreated);
         let _ = self.first.set(request.id.clone());
         let copies = connected.copy(Some(self.first_output()));
@@ -113,6 +126,10 @@ impl Pod {
             pid: machine.pid,
             ..TaskCreate::default()
         });
+        if self.machine.is_lost() {
+            // Its end was reported while the container was not yet there to be ended with it.
+            tasks.exited(name, Exit { status: KILLED, at: SystemTime::now() });
+        }
         drop(tasks);
         tokio::spawn(Arc::clone(self).watch_process(name.clone(), Arc::clone(&machine)));
         Ok(machine.pid)

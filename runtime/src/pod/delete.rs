@@ -7,24 +7,19 @@ use std::{
 
 use caisson_protos::agent::KillRequest;
 use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
-use slog::debug;
+use slog::{debug, error};
 use tokio::{task::JoinSet, time::timeout};
-use ttrpc::context::with_duration;
 
 use super::{Pod, limited, process_request};
 use crate::{
-    errors::TaskError,
+    errors::{Silence, TaskError},
     events::timestamp,
     lifecycle::{Exit, KILLED},
     tasks::Name,
 };
 
-/// How long Delete waits for output that its reader does not go on reading, as containerd's own shim does.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long the end of a pod that was not asked for by its client waits for output in all.
 const END_LIMIT: Duration = Duration::from_secs(10);
-/// How long a killed process may take to end.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 impl Pod {
     /// Task.Delete.
@@ -79,7 +74,7 @@ impl Pod {
 
     /// What output is still on its way reaches its readers, and loggers end, as at a Delete of every process.
     pub(super) async fn end_streams(&self) {
-        let (stall, mut ending) = (self.drain_limit, JoinSet::new());
+        let (stall, mut ending) = (self.limits.drain, JoinSet::new());
         for copies in self.tasks().take_copies() {
             let log = self.log.clone();
             ending.spawn(async move {
@@ -90,17 +85,60 @@ impl Pod {
         while ending.join_next().await.is_some() {}
     }
 
+    /// Ends a process of which nobody knows what became of it, because the agent did not answer in time, and makes sure of it: by
+    /// the agent's word, or by the machine's end.
+    pub(super) async fn end_unanswered(&self, name: &Name) {
+        let Ok(machine) = self.machine.get() else { return };
+        let request = process_request(name);
+        let kill = KillRequest {
+            container_id: name.container.clone(),
+            exec_id: name.exec.clone(),
+            signal: 9,
+            all: name.exec.is_empty(),
+            ..KillRequest::default()
+        };
+        let ended = async {
+            let killed = self.agent_call("Kill", machine.agent.kill(limited(), &kill)).await;
+            if !killed.is_err_and(|error| error.code() == ttrpc::Code::NOT_FOUND) {
+                self.agent_call("Wait", machine.agent.wait(limited(), &request)).await?;
+            }
+            Ok::<_, TaskError>(())
+        };
+        if !matches!(timeout(self.limits.kill, ended).await, Ok(Ok(()))) {
+            error!(self.log, "the agent does not answer: its machine is ended"; "process" => name.id());
+            self.machine.stop().await;
+        }
+    }
+
+    /// After a Create that was not answered in time: sees to it that nothing of the container lives on in the guest.
+    pub(super) async fn end_uncreated(&self, name: &Name) {
+        let Ok(machine) = self.machine.get() else { return };
+        let request =
+            KillRequest { container_id: name.container.clone(), signal: 9, all: true, ..KillRequest::default() };
+        let process = process_request(name);
+        let deleted = async {
+            self.agent_call("Kill", machine.agent.kill(limited(), &request)).await?;
+            self.agent_call("Wait", machine.agent.wait(limited(), &process)).await?;
+            self.agent_call("Delete", machine.agent.delete(limited(), &process)).await
+        };
+        // NOT_FOUND proves nothing here: the agent may still be making it.
+        if !matches!(timeout(self.limits.kill, deleted).await, Ok(Ok(_))) {
+            error!(self.log, "the agent does not answer: its machine is ended"; "container" => &name.container);
+            self.machine.stop().await;
+        }
+    }
+
     async fn delete_in_guest(&self, name: &Name, unstarted: bool) -> Result<(), TaskError> {
         let Ok(machine) = self.machine.get() else { return Ok(()) };
         if unstarted && name.exec.is_empty() {
             let request =
                 KillRequest { container_id: name.container.clone(), signal: 9, all: true, ..KillRequest::default() };
-            let _ = machine.agent.kill(limited(), &request).await;
+            let _ = self.agent_call("Kill", machine.agent.kill(limited(), &request)).await;
             let request = process_request(name);
-            let ended = machine.agent.wait(with_duration(KILL_LIMIT), &request);
-            let _ = self.agent_call("Wait", ended).await;
+            let ended = machine.agent.wait(limited(), &request);
+            let _ = self.agent_call_within("Wait", self.limits.kill, ended).await;
         }
-        let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(self.drain_limit));
+        let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(self.limits.drain));
         if let Some(drained) = drained
             && !unstarted
             && !drained.await
@@ -113,8 +151,8 @@ impl Pod {
         let request = process_request(name);
         match self.agent_call("Delete", machine.agent.delete(limited(), &request)).await {
             Ok(_) => Ok(()),
-            // Nothing of it is there: a start that failed, or the machine's end.
-            Err(error) if matches!(error.code(), ttrpc::Code::NOT_FOUND | ttrpc::Code::UNAVAILABLE) => Ok(()),
+            // Nothing of it is there: a start that failed, or the machine's end. A deadline says nothing of the kind.
+            Err(error) if error.code() == ttrpc::Code::NOT_FOUND || error.silence() == Some(Silence::Lost) => Ok(()),
             Err(error) => Err(error),
         }
     }

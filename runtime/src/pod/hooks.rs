@@ -2,27 +2,17 @@
 //! makes it, poststart when it runs, poststop when it is gone. One of the first two that fails fails Create, the others
 //! are logged.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use slog::warn;
 
 use super::Pod;
 use crate::{
     errors::TaskError,
-    hooks::{State, owe, run, settle},
+    hooks::{Pending, State, owe, run, settle},
     spec::{BundleSpec, hooks::Hook},
     tasks::Name,
 };
-
-/// What is still to run for a container.
-#[derive(Debug)]
-pub struct Pending {
-    bundle: PathBuf,
-    poststart: Vec<Hook>,
-    running: State,
-    poststop: Vec<Hook>,
-    stopped: State,
-}
 
 impl Pod {
     /// Runs those of a container that is about to be created, and remembers the rest.

@@ -5,7 +5,7 @@
 mod container;
 mod create;
 mod delete;
-pub mod hooks;
+mod hooks;
 mod oom;
 mod process;
 
@@ -18,12 +18,11 @@ use caisson_protos::agent::{ContainerRequest, ProcessRequest};
 use containerd_shim_protos::api::StateResponse;
 use slog::{Logger, error};
 use tokio::{sync::watch, time::timeout};
-use ttrpc::context::{Context, with_duration};
+use ttrpc::context::Context;
 
-pub use self::delete::DRAIN_LIMIT;
 use crate::{
     allotment::Allotment,
-    errors::TaskError,
+    errors::{Silence, TaskError},
     events::Publisher,
     host_view::HostView,
     lifecycle::{Exit, Status},
@@ -34,27 +33,54 @@ use crate::{
     timeline::Timeline,
 };
 
-/// How long the agent may take for one call. A call that takes this long hangs.
-const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// How long a pod waits for others.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// For the agent's answer to one call. One that takes this long hangs: the agent's own limits are shorter, but for the
+    /// container's hooks, which come on top.
+    pub call: Duration,
+    /// For a killed process to end.
+    pub kill: Duration,
+    /// For output that its reader does not go on reading; ten seconds, as in containerd's own shim.
+    pub drain: Duration,
+    /// For the guest to write its files back when its pod is ended with containers in it; the agent gives up after ten seconds.
+    pub write_back: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self { call: seconds(75), kill: seconds(10), drain: seconds(10), write_back: seconds(15) }
+    }
+}
+
 /// How long the machine's end may take to be understood after the agent's connection broke.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// What the daemon has made for a pod before it serves. What is missing could not be had: then there is no machine
-/// either.
-#[derive(Debug, Default)]
-pub struct Provision {
+/// What the daemon has made for a pod before it serves.
+#[derive(Debug)]
+pub enum Provision {
+    /// The specification asks for what cannot be: the answer to Create, and nothing was started.
+    Refused(String),
+    /// Something of the host failed, and the machine is lost for that reason.
+    Failed,
+    /// All is there.
+    Ready(Box<Provisions>),
+}
+
+/// What a pod has of its host.
+#[derive(Debug)]
+pub struct Provisions {
     /// The shared directory.
-    pub share: Option<Share>,
+    pub share: Share,
     /// The bundle's spec, and the id of the container that it is for.
     pub spec: Option<(String, BundleSpec)>,
     /// The host's mount namespace.
-    pub host: Option<HostView>,
-    /// The machine's size and the pod's cgroup.
+    pub host: HostView,
+    /// The machine's size and the pod's cgroup; a test's pod has none.
     pub allotment: Option<Allotment>,
     /// Whether the guest can have bind mounts.
     pub has_host_share: bool,
-    /// What is wrong with the spec: the answer to Create.
-    pub refused: Option<String>,
 }
 
 /// What a pod is made of.
@@ -72,15 +98,16 @@ pub struct Pod {
     spec: Mutex<Option<(String, BundleSpec)>>,
     /// The first container that was created: the one whose namespaces others of the pod may join.
     first: OnceLock<String>,
-    /// How long output may stand still before Delete gives it up.
-    drain_limit: Duration,
+    limits: Limits,
     timeline: Arc<Timeline>,
     log: Logger,
     ended: watch::Sender<bool>,
 }
 
+/// The agent is given no limit of its own: [`Pod::agent_call`] has it, so that a deadline cannot be taken for a lost
+/// connection.
 fn limited() -> Context {
-    with_duration(CALL_LIMIT)
+    Context::default()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -101,21 +128,31 @@ impl Pod {
         machine: MachineHandle,
         provision: Provision,
         events: Publisher,
-        drain_limit: Duration,
+        limits: Limits,
         timeline: Arc<Timeline>,
         log: Logger,
     ) -> Arc<Self> {
+        let (refused, ready) = match provision {
+            Provision::Refused(why) => (Some(why), None),
+            Provision::Failed => (None, None),
+            Provision::Ready(ready) => (None, Some(*ready)),
+        };
+        let has_host_share = ready.as_ref().is_some_and(|ready| ready.has_host_share);
+        let (share, spec, host, allotment) = match ready {
+            Some(Provisions { share, spec, host, allotment, .. }) => (Some(share), spec, Some(host), allotment),
+            None => (None, None, None, None),
+        };
         let pod = Arc::new(Self {
             machine,
-            share: Mutex::new(provision.share),
-            allotment: Mutex::new(provision.allotment),
-            host: provision.host,
-            has_host_share: provision.has_host_share,
-            refused: provision.refused,
+            share: Mutex::new(share),
+            allotment: Mutex::new(allotment),
+            host,
+            has_host_share,
+            refused,
             tasks: Mutex::new(Tasks::new(events)),
-            spec: Mutex::new(provision.spec),
+            spec: Mutex::new(spec),
             first: OnceLock::new(),
-            drain_limit,
+            limits,
             timeline,
             log,
             ended: watch::Sender::new(false),
@@ -139,21 +176,32 @@ impl Pod {
         name: &'static str,
         call: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, TaskError> {
+        self.agent_call_within(name, self.limits.call, call).await
+    }
+
+    /// The same for a call that may take longer.
+    async fn agent_call_within<T>(
+        &self,
+        name: &'static str,
+        limit: Duration,
+        call: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, TaskError> {
         tokio::select! {
             biased;
-            answer = call => match answer {
-                Ok(answer) => Ok(answer),
-                Err(error) => {
-                    let error = TaskError::from_agent(name, &error);
-                    if error.code() == ttrpc::Code::UNAVAILABLE {
-                        // The connection breaks a moment before the machine's end is understood.
-                        let lost = timeout(LAST_WORDS, self.machine.lost()).await;
-                        return Err(lost.map_or(error, |reason| TaskError::unavailable(reason.as_ref())));
-                    }
-                    Err(error)
+            answer = timeout(limit, call) => {
+                let Ok(answer) = answer else { return Err(TaskError::deadline(name)) };
+                let error = match answer {
+                    Ok(answer) => return Ok(answer),
+                    Err(error) => TaskError::from_agent(name, &error),
+                };
+                if error.silence() == Some(Silence::Lost) {
+                    // The connection breaks a moment before the machine's end is understood.
+                    let lost = timeout(LAST_WORDS, self.machine.lost()).await;
+                    return Err(lost.map_or(error, |reason| TaskError::lost(reason.as_ref())));
                 }
+                Err(error)
             },
-            reason = self.machine.lost() => Err(TaskError::unavailable(reason.as_ref())),
+            reason = self.machine.lost() => Err(TaskError::lost(reason.as_ref())),
         }
     }
 
@@ -197,8 +245,19 @@ impl Pod {
 
     /// Task.Shutdown: ends the pod if it has no container any more, or in any case if `now`.
     pub async fn shutdown(&self, now: bool) {
-        if !now && !self.tasks().is_empty() {
+        let is_empty = self.tasks().is_empty();
+        if !now && !is_empty {
             return;
+        }
+        if !is_empty && let Ok(machine) = self.machine.get() {
+            // Deleted containers have written their files back; those that are still there do it now. The machine powers itself off.
+            let request = caisson_protos::agent::Empty::new();
+            let shutdown = machine.agent.shutdown(limited(), &request);
+            if let Err(error) = self.agent_call_within("Shutdown", self.limits.write_back, shutdown).await
+                && error.silence() != Some(Silence::Lost)
+            {
+                error!(self.log, "the guest has not written its files back"; "error" => %error);
+            }
         }
         self.machine.stop().await;
         self.end_streams().await;

@@ -14,7 +14,7 @@ use ttrpc::{Code, context::Context};
 
 use super::{LAST_WORDS, Pod, limited, process_request};
 use crate::{
-    errors::TaskError,
+    errors::{Silence, TaskError},
     flags::is_identifier,
     lifecycle::{Exit, KILLED, Refusal},
     machine::Machine,
@@ -66,18 +66,19 @@ impl Pod {
     /// # Errors
     /// NOT_FOUND, FAILED_PRECONDITION, or why the program does not run.
     pub async fn start(self: &Arc<Self>, name: Name) -> Result<u32, TaskError> {
-        {
+        let limit = {
             let mut tasks = self.tasks();
             tasks.begin_start(&name)?;
             if let Some(copies) = &tasks.entry(&name)?.copies {
                 copies.start_input();
             }
-        }
+            if name.exec.is_empty() { tasks.container(&name.container)?.start_limit } else { self.limits.call }
+        };
         let started = match self.machine.get() {
             Ok(machine) => {
                 let request = process_request(&name);
                 let call = machine.agent.start(limited(), &request);
-                self.agent_call("Start", call).await.map(|_| machine)
+                self.agent_call_within("Start", limit, call).await.map(|_| machine)
             }
             Err(error) => Err(error),
         };
@@ -94,6 +95,9 @@ impl Pod {
                 self.tasks().started(&name)
             }
             Err(error) => {
+                if error.silence() == Some(Silence::Deadline) {
+                    self.end_unanswered(&name).await;
+                }
                 // As a shell has it: 127 no such program, 126 not to be executed; with its machine it was killed.
                 let status = match error.code() {
                     Code::NOT_FOUND => 127,

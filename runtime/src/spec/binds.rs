@@ -37,9 +37,6 @@ pub(super) fn check(spec: &Spec, bundle: &Path) -> Result<Vec<Bind>, Complaint> 
     for (index, mount) in (0u32..).zip(spec.mounts().iter().flatten()) {
         let name = |part: &str| format!("mounts[{index}]{part}");
         let has = |word: &str| mount.options().iter().flatten().any(|option| option == word);
-        if !mount.destination().is_absolute() {
-            return Err(Complaint::new(name(".destination"), "must be an absolute path"));
-        }
         let recursive = has("rbind");
         if mount.typ().as_deref() != Some("bind") && !recursive && !has("bind") {
             continue;
@@ -50,7 +47,8 @@ pub(super) fn check(spec: &Spec, bundle: &Path) -> Result<Vec<Bind>, Complaint> 
         let last = mount.options().iter().flatten().rev().find(|word| matches!(word.as_str(), "ro" | "rw"));
         binds.push(Bind {
             index,
-            destination: mount.destination().clone(),
+            // As runc: what is not absolute lies below the root.
+            destination: Path::new("/").join(mount.destination()),
             // As runc: what is not absolute lies in the bundle.
             source: bundle.join(source),
             recursive,

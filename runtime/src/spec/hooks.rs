@@ -30,6 +30,17 @@ pub struct Hooks {
     pub poststart: Vec<Hook>,
     /// poststop.
     pub poststop: Vec<Hook>,
+    /// How long those in the guest (createContainer, startContainer) may take together.
+    pub in_guest: Duration,
+}
+
+/// How long the agent lets a hook without a timeout of its own run.
+const GUEST_HOOK: Duration = Duration::from_secs(600);
+
+fn in_guest(hooks: &Option<Vec<SpecHook>>) -> Duration {
+    let limit =
+        |hook: &SpecHook| hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).map(Duration::from_secs);
+    hooks.iter().flatten().map(|hook| limit(hook).unwrap_or(GUEST_HOOK)).fold(Duration::ZERO, Duration::saturating_add)
 }
 
 pub(super) fn check(spec: &Spec) -> Result<Hooks, Complaint> {
@@ -42,6 +53,7 @@ pub(super) fn check(spec: &Spec) -> Result<Hooks, Complaint> {
         create,
         poststart: list("poststart", hooks.poststart())?,
         poststop: list("poststop", hooks.poststop())?,
+        in_guest: in_guest(hooks.create_container()).saturating_add(in_guest(hooks.start_container())),
     })
 }
 

@@ -62,8 +62,8 @@ pub enum SpecError {
     },
 }
 
-/// What the host needs of a config.json.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What the host needs of a config.json. The default asks for nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BundleSpec {
     /// Where it was read.
     path: PathBuf,

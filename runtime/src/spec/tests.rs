@@ -55,7 +55,7 @@ fn a_seccomp_profile_that_says_nothing_is_none() {
 #[test]
 fn each_fault_is_named() {
     type Fault = fn(&mut Value);
-    let faults: [(Fault, &str); 27] = [
+    let faults: [(Fault, &str); 26] = [
         (|spec| spec["ociVersion"] = json!("2.0"), "ociVersion"),
         (|spec| spec["process"]["args"] = json!([]), "process.args"),
         (|spec| spec["process"]["cwd"] = json!("here"), "process.cwd"),
@@ -76,7 +76,6 @@ fn each_fault_is_named() {
             |spec| spec["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/ipc"),
             "linux.namespaces[network]: \"/proc/1/ns/ipc\"",
         ),
-        (|spec| spec["mounts"][0] = json!({ "destination": "x", "source": "/" }), "mounts[0].destination"),
         (|spec| spec["mounts"][0] = json!({ "destination": "/x", "type": "bind" }), "mounts[0].source"),
         (
             |spec| spec["mounts"] = json!(vec![json!({ "destination": "/x", "type": "bind", "source": "/y" }); 1001]),
@@ -118,7 +117,7 @@ fn what_the_host_does_for_a_container_is_read() {
         { "destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "rw", "ro"] },
         { "destination": "/b", "type": "none", "source": "b", "options": ["bind", "ro", "rw"] },
         { "destination": "/c", "type": "tmpfs", "source": "tmpfs" },
-        { "destination": "/d", "source": "/d", "options": ["bind", "rro"] },
+        { "destination": "d", "source": "/d", "options": ["bind", "rro"] },
     ]);
     spec["hooks"] = json!({
         "createRuntime": [{ "path": "/c" }],

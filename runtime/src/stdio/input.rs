@@ -8,8 +8,7 @@
 //!              client's writers when Start comes                 the input ends
 //!   init       came and went already (POLLHUP)                   after what they wrote
 //!   both       some have it open, or wait in open(2)             after CloseIO and the last writer
-//!   both       none, and none in the first OPEN_LIMIT after      at once: nothing will ever be written (`ctr … </dev/null`)
-//!   both       none, but CloseIO was called                      at once
+//!   both       none, and none in the first OPEN_LIMIT after      then: nothing will ever be written (`ctr … </dev/null`)
 //! ```
 //!
 //! An init process's FIFO is opened for reading at the end of Create already, so that a client may write before Start.
@@ -117,7 +116,7 @@ impl Input {
         };
         let mut holder = None;
         if !has_ended {
-            if let Some(bytes) = first_writer(&reader, &mut closing, limit).await? {
+            if let Some(bytes) = first_writer(&reader, limit).await? {
                 // Held before anything is passed on, so that the writer's close alone does not end the input.
                 holder = Some(fifo.writer()?);
                 // Registered anew: of a FIFO that once had no writer the runtime remembers for ever that it is at its end.
@@ -147,11 +146,7 @@ impl Input {
 }
 
 /// Waits for a first writer: what it has written by then, or None if the input is over without one.
-async fn first_writer(
-    reader: &Receiver,
-    closing: &mut watch::Receiver<bool>,
-    limit: Duration,
-) -> io::Result<Option<Vec<u8>>> {
+async fn first_writer(reader: &Receiver, limit: Duration) -> io::Result<Option<Vec<u8>>> {
     if let Found::Writer(bytes) = look(reader)? {
         return Ok(Some(bytes));
     }
@@ -159,7 +154,6 @@ async fn first_writer(
         biased;
         // It wrote, or it came and went after Start.
         readable = reader.readable() => return readable.map(|()| Some(Vec::new())),
-        _ = closing.wait_for(|close| *close) => {}
         () = sleep(limit) => {}
     }
     // A writer that has the FIFO open but is silent makes nothing readable.

@@ -17,7 +17,7 @@ use caisson_runtime::{
     events::{Destination, Publisher},
     machine::{Machine, MachineHandle, MachineOwner, MachineState, machine},
     paths::PodPaths,
-    pod::{Pod, Provision},
+    pod::{Limits, Pod, Provision, Provisions},
     service,
     share::{Share, enter_mount_namespace},
     timeline::{Timeline, now_ns},
@@ -50,8 +50,11 @@ use crate::{
 /// How long any one thing may take before the test gives up on it.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
-/// How long output may stand still before Delete gives it up: real pods give it longer.
-const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// A real pod waits longer.
+const LIMITS: Limits = {
+    let limit = Duration::from_secs(2);
+    Limits { call: limit, kill: limit, drain: limit, write_back: limit }
+};
 
 /// containerd's events service, which can go away and come back.
 #[derive(Default)]
@@ -80,6 +83,7 @@ pub struct Bench {
     pub client: Client,
     pub guest: Arc<Guest>,
     pub pod: Arc<Pod>,
+    pub machine: MachineHandle,
     owner: Arc<MachineOwner>,
     publisher: Publisher,
     containerd: Arc<Containerd>,
@@ -136,8 +140,8 @@ impl Bench {
         let publisher = Publisher::start(Destination::Ttrpc(events), "ns", log.clone());
         let timeline = Arc::new(Timeline::new(now_ns()));
         let provision =
-            Provision { share: Some(share), host: Some(host), has_host_share: true, ..Provision::default() };
-        let pod = Pod::new(handle, provision, publisher.clone(), DRAIN_LIMIT, timeline, log);
+            Provision::Ready(Box::new(Provisions { share, spec: None, host, allotment: None, has_host_share: true }));
+        let pod = Pod::new(handle.clone(), provision, publisher.clone(), LIMITS, timeline, log);
         let socket = format!("unix://{}", directory.path().join("task.sock").display());
         let mut server = Server::new().bind(&socket).unwrap().register_service(service::services(&pod));
         server.start().await.unwrap();
@@ -148,6 +152,7 @@ impl Bench {
             client,
             guest,
             pod,
+            machine: handle,
             owner,
             publisher,
             containerd,

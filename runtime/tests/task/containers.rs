@@ -132,7 +132,7 @@ async fn what_the_guest_refuses_changes_nothing() {
 async fn a_pause_that_hangs_is_undone() {
     let bench = running().await;
     bench.guest.refuse.lock().unwrap().insert("Pause", Code::DEADLINE_EXCEEDED);
-    assert_eq!(refusal(pause(&bench, "one").await).0, Code::UNAVAILABLE);
+    assert_eq!(refusal(pause(&bench, "one").await).0, Code::DEADLINE_EXCEEDED);
     assert_eq!(status(&bench, "").await, Status::RUNNING);
     assert_eq!(bench.guest.calls.lock().unwrap().last().unwrap(), "Resume one/");
 }

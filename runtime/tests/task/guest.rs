@@ -67,6 +67,10 @@ pub struct Guest {
     pub stats: Mutex<StatsResponse>,
     /// Calls that are refused, by their name, with the code.
     pub refuse: Mutex<HashMap<&'static str, Code>>,
+    /// So many processes are listed, if it is not 0.
+    pub many: Mutex<usize>,
+    /// Calls that are never answered, by their name.
+    pub silent: Mutex<std::collections::HashSet<&'static str>>,
     /// While it is false, Pause and Resume are not answered.
     pub moves: watch::Sender<bool>,
 }
@@ -115,6 +119,13 @@ async fn accept(stream: UnixStream, port: u32, guest: Arc<Guest>, agent: std::pa
 impl Guest {
     fn note(&self, verb: &str, container: &str, exec: &str) {
         self.calls.lock().unwrap().push(format!("{verb} {container}/{exec}"));
+    }
+
+    /// Waits for ever if it was told to.
+    async fn answers(&self, verb: &'static str) {
+        if self.silent.lock().unwrap().contains(verb) {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Refuses if it was told to.
@@ -204,6 +215,7 @@ impl Agent for Guest {
             return Err(get_rpc_status(Code::INVALID_ARGUMENT, "the guest cannot have it"));
         }
         self.add((request.container_id, String::new()), &spec["process"], request.stdio.unwrap());
+        self.answers("Create").await;
         Ok(CreateResponse { pid: 42, ..CreateResponse::default() })
     }
 
@@ -222,6 +234,7 @@ impl Agent for Guest {
             return Err(get_rpc_status(Code::NOT_FOUND, "exec: \"missing\": no such file"));
         }
         self.play(&process).await;
+        self.answers("Start").await;
         Ok(StartResponse { pid: 42, ..StartResponse::default() })
     }
 
@@ -235,6 +248,7 @@ impl Agent for Guest {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         self.note(&format!("Kill({}, {})", request.signal, request.all), &request.container_id, &request.exec_id);
         let process = self.process(&request.container_id, &request.exec_id)?;
+        self.answers("Kill").await;
         process.exit.send_replace(Some(128 + request.signal));
         Ok(Empty::new())
     }
@@ -283,14 +297,27 @@ impl Agent for Guest {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<PidsResponse> {
+        self.check("Pids")?;
+        let many = *self.many.lock().unwrap();
+        if many > 0 {
+            let processes = vec![ProcessInfo::default(); many];
+            return Ok(PidsResponse { processes, ..PidsResponse::default() });
+        }
         let processes = self.processes.lock().unwrap();
         let of_container = processes.keys().filter(|(container, _)| *container == request.container_id);
         let info = |(pid, (_, exec)): (u32, &Key)| ProcessInfo { pid, exec_id: exec.clone(), ..ProcessInfo::default() };
         Ok(PidsResponse { processes: (42..).zip(of_container).map(info).collect(), ..PidsResponse::default() })
     }
 
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.calls.lock().unwrap().push("Shutdown".into());
+        self.answers("Shutdown").await;
+        Ok(Empty::new())
+    }
+
     async fn delete(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
         self.note("Delete", &request.container_id, &request.exec_id);
+        self.answers("Delete").await;
         self.process(&request.container_id, &request.exec_id)?;
         self.processes.lock().unwrap().remove(&(request.container_id, request.exec_id));
         Ok(WaitResponse::new())

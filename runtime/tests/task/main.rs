@@ -9,6 +9,7 @@ mod machine;
 mod restart;
 #[path = "../support/scratch.rs"]
 mod scratch;
+mod silence;
 mod streams;
 
 use bench::{Bench, LIMIT, reader, refusal, within};
