@@ -62,6 +62,17 @@ soak: deps suites ## The containerd and VM tests in every full size: takes hours
 	@CAISSON_FULL=1 tests/suite caisson-vm-tests 3600 --profile soak
 	@CAISSON_FULL=1 tests/suite caisson-e2e 20000 --profile soak
 
+.PHONY: intel
+intel: deps suites ## All VM tests and a container on an emulated Intel processor
+	@.ci/deps intel
+	@tests/processors skylake
+
+.PHONY: processors
+processors: deps suites ## Some VM tests on other emulated processors, Intel's and AMD's; NAMES="penryn epyc ..." for some of them
+	@.ci/deps intel
+	@.ci/deps nested
+	@tests/processors $(or $(NAMES),others)
+
 .PHONY: containerd
 containerd: deps suites ## The containerd tests on Debian 13's containerd 1.7, unpacked beside; TESTS="lifecycle:: ..." for some of them
 	@directory=$$(tests/containerd/get trixie); CAISSON_CONTAINERD_DIR=$$directory tests/suite caisson-e2e 2400 $(TESTS)

@@ -10,9 +10,10 @@
 //! has to be cleaned up. Bochs' clock is its number of instructions: idle time is skipped, and a host that is slow to us
 //! is not slow to itself. It has no virtio-fs; the root lies in memory (`--in-ram`).
 
-use std::fs::File;
-use std::io::{BufReader, BufWriter, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -20,6 +21,7 @@ use std::process::{Command, Stdio};
 use anyhow::Context;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use crate::frames::{self, Channel};
 use crate::iso::{self, Content, Entry};
@@ -44,6 +46,7 @@ pub fn start(machine: &Machine, kernel: &Path, initrd: &File) -> anyhow::Result<
     let cd = cd(kernel, initrd).context("making the CD that Bochs boots")?;
     let (console, console_in) = pipe()?;
     let (line, line_in) = pipe()?;
+    let (errors, errors_in) = pipe()?;
     let paths = Paths { cd: path(&cd), console: path(&console_in), line: path(&line_in) };
     let configuration = memory_file("bochsrc", configuration(machine, &paths).as_bytes())?;
     // Debian's Bochs has its debugger built in, which waits for the command to go on.
@@ -52,13 +55,17 @@ pub fn start(machine: &Machine, kernel: &Path, initrd: &File) -> anyhow::Result<
     let mut command = Command::new("bochs");
     command.args(["-q", "-f"]).arg(path(&configuration)).arg("-rc").arg(path(&debugger));
     command.env("TERM", "xterm");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(console_in.try_clone()?);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors_in);
     let inherited = [cd.as_fd(), console_in.as_fd(), line_in.as_fd(), configuration.as_fd(), debugger.as_fd()];
     let child = spawn(&mut command, &inherited).context("starting bochs (packages bochs, bochs-term)")?;
 
     let (report, report_in) = UnixStream::pair()?;
     let (stdout, stdout_in) = UnixStream::pair()?;
     let (stderr, stderr_in) = UnixStream::pair()?;
+    // Ours of these ends would keep the channels open.
+    drop(command);
+    drop(line_in);
+    std::thread::spawn(move || watch(File::from(errors), File::from(console_in)));
     std::thread::spawn(move || distribute(File::from(line), [report_in, stdout_in, stderr_in]));
     let channels =
         Channels { report, stdout: Box::new(stdout), stderr: Box::new(stderr), console: Box::new(File::from(console)) };
@@ -77,6 +84,35 @@ fn distribute(line: File, [mut report, mut stdout, mut stderr]: [UnixStream; 3])
         // Nobody reads a channel any more when the command has ended.
         let _ = to.write_all(&content);
     }
+}
+
+/// Passes what Bochs says to the console, and reads its screen: it is a pseudo-terminal that Bochs makes itself, and when the
+/// cursor has moved a thousand times and nobody reads, Bochs stops.
+fn watch(errors: File, mut console: File) {
+    for line in BufReader::new(errors).split(b'\n') {
+        let Ok(mut line) = line else { return };
+        if let Some(path) = screen(&String::from_utf8_lossy(&line)).map(ToOwned::to_owned) {
+            std::thread::spawn(move || drain_screen(&path));
+        }
+        line.push(b'\n');
+        // The console's reader is gone at the end only.
+        let _ = console.write_all(&line);
+    }
+}
+
+/// The pseudo-terminal that a line of Bochs' names.
+fn screen(line: &str) -> Option<&str> {
+    line.strip_prefix("Bochs connected to screen \"")?.strip_suffix('"')
+}
+
+/// Reads the terminal until its other end is closed.
+fn drain_screen(path: &str) -> std::io::Result<()> {
+    let mut terminal = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path)?;
+    let mut attributes = tcgetattr(&terminal)?;
+    // Otherwise what has no end of line is never read.
+    attributes.make_raw();
+    tcsetattr(&terminal, OptionalActions::Now, &attributes)?;
+    std::io::copy(&mut terminal, &mut std::io::sink()).map(drop)
 }
 
 fn cd(kernel: &Path, initrd: &File) -> anyhow::Result<File> {
@@ -175,6 +211,27 @@ mod tests {
         }
         let default = configuration(&Machine { cpu: None, ..machine }, &paths);
         assert!(default.contains(&format!("model={CPU},")), "{default}");
+    }
+
+    #[test]
+    fn the_screen_is_found_in_what_bochs_says() {
+        assert_eq!(screen("Bochs connected to screen \"/dev/pts/3\""), Some("/dev/pts/3"));
+        assert_eq!(screen("Bochs is exiting with the following message:"), None);
+    }
+
+    #[test]
+    fn a_screen_that_is_read_takes_more_than_a_terminal_holds() {
+        use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+        let bochs = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&bochs).unwrap();
+        unlockpt(&bochs).unwrap();
+        let path = ptsname(&bochs, Vec::new()).unwrap().into_string().unwrap();
+        let (said, says) = pipe().unwrap();
+        let (_console, console_in) = pipe().unwrap();
+        let watcher = std::thread::spawn(move || watch(File::from(said), File::from(console_in)));
+        writeln!(File::from(says), "Bochs connected to screen \"{path}\"").unwrap();
+        watcher.join().unwrap();
+        File::from(bochs).write_all(&[b'x'; 100_000]).unwrap();
     }
 
     #[test]

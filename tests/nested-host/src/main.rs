@@ -9,8 +9,9 @@
 //!     └── spawns ─► virtiofsd ─ virtio-fs ─────── / read-only, under a tmpfs overlay; --rw folders as they are
 //! ```
 //!
-//! QEMU interprets every instruction, so the processor it shows can have what the real one hides: SVM. Where the local
-//! KVM is good (see [`probe`]), `--direct-if-possible` runs the command on this machine instead.
+//! QEMU interprets every instruction, so the processor it shows can have what the real one hides: SVM. With `--intel` Bochs
+//! takes its place, for VMX (see [`bochs`]). Where the local KVM is good (see [`probe`]), `--direct-if-possible` runs the
+//! command on this machine instead.
 //!
 //! The same binary is the outer tool and the inner init, so it must be linked statically: build it for
 //! `x86_64-unknown-linux-musl`.
