@@ -32,7 +32,8 @@ pub fn boot(config: &Config) -> Result<Duration, String> {
 }
 
 fn try_boot(config: &Config, paths: &PodPaths, id: &str) -> Result<Duration, String> {
-    let spec = BundleSpec::default();
+    // One directory, of which nothing is left afterwards.
+    let spec = BundleSpec { cgroups_path: Some(format!("/{NAMESPACE}-{id}")), ..BundleSpec::default() };
     let socket = paths.socket("", NAMESPACE, id);
     let pod = launch::Pod { namespace: NAMESPACE, id, bundle: Path::new("/"), socket: &socket, spec: &spec };
     let null = File::options().write(true).open("/dev/null").map_err(|error| format!("/dev/null: {error}"))?;
@@ -60,6 +61,41 @@ async fn wait(handle: &MachineHandle, began: u64) -> Result<Duration, String> {
     handle.stop().await;
     match ready {
         Ok(_) => Ok(took),
-        Err(error) => Err(format!("the machine did not boot: {error}")),
+        Err(error) => Err(remedy(&error.to_string())),
+    }
+}
+
+/// The reason, and what to do if KVM gave up: then it is not the guest's fault, because the same kernel boots elsewhere.
+fn remedy(reason: &str) -> String {
+    let advice = if reason.contains("KVM") {
+        ": this host's KVM cannot run a stock kernel: enable virtualization in the firmware, or nested virtualization if this host is a virtual machine itself"
+    } else {
+        ""
+    };
+    format!("the machine did not boot: {reason}{advice}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_kvm_cannot_do_comes_with_advice() {
+        let failed = remedy("the machine ended: KVM error: vCPU 0: emulation failed");
+        assert!(failed.contains("vCPU 0") && failed.ends_with("is a virtual machine itself"), "{failed}");
+        let late = remedy("the guest's agent was not ready 30s after the start");
+        assert!(!late.contains("virtualization"), "{late}");
+    }
+
+    /// Where a root or a cgroup is missing, the step is named, and nothing stays.
+    #[test]
+    fn a_boot_that_cannot_begin_names_the_step_and_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let state_dir = directory.path().join("state");
+        let config = Config { state_dir: state_dir.clone(), kernel: "/no/such/vmlinux".into(), ..Config::default() };
+        let failed = boot(&config).unwrap_err();
+        assert!(failed.contains("/no/such/vmlinux") || failed.contains("kvm"), "{failed}");
+        let left = std::fs::read_dir(&state_dir).into_iter().flatten().count();
+        assert_eq!(left, 0, "{}", state_dir.display());
     }
 }
