@@ -33,7 +33,8 @@ pub fn boot(config: &Config) -> Result<Duration, String> {
 
 fn try_boot(config: &Config, paths: &PodPaths, id: &str) -> Result<Duration, String> {
     // One directory, of which nothing is left afterwards.
-    let spec = BundleSpec { cgroups_path: Some(format!("/{NAMESPACE}-{id}")), ..BundleSpec::default() };
+    let mut spec = BundleSpec::default();
+    spec.cgroups_path = Some(format!("/{NAMESPACE}-{id}"));
     let socket = paths.socket("", NAMESPACE, id);
     let pod = launch::Pod { namespace: NAMESPACE, id, bundle: Path::new("/"), socket: &socket, spec: &spec };
     let null = File::options().write(true).open("/dev/null").map_err(|error| format!("/dev/null: {error}"))?;

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod calls;
+mod check;
 mod crash;
 mod files;
 mod images;
