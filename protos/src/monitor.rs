@@ -86,6 +86,8 @@ pub enum Reply {
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to 32.
     pub vcpus: u8,
+    /// The host keeps its own time by the TSC, so the guest may do so as well if the processor says that its TSC is invariant.
+    pub invariant_tsc: bool,
     /// Guest memory.
     pub memory: MemoryConfig,
     /// The kernel: an uncompressed x86-64 ELF vmlinux, readable. Mapped privately, not copied.

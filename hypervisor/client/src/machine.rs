@@ -111,6 +111,7 @@ impl Machine {
         let mut fds = Attachments::default();
         let config = MachineConfig {
             vcpus: self.vcpus,
+            invariant_tsc: host_clock_is_tsc(),
             memory: MemoryConfig {
                 size: self.memory.size,
                 file: self.memory.file.map(|file| fds.attach(file)),
@@ -136,6 +137,13 @@ impl Machine {
         };
         if fds.0.len() > MAX_DESCRIPTORS { Err(TooManyDescriptors(fds.0.len())) } else { Ok((config, fds.0)) }
     }
+}
+
+/// Whether the host's clock source is the TSC. Linux turns to another one when it has found the TSC to be unstable, whatever the
+/// processor says of itself. Without an answer the TSC is not trusted.
+fn host_clock_is_tsc() -> bool {
+    std::fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+        .is_ok_and(|name| name.trim_end() == "tsc")
 }
 
 #[cfg(test)]

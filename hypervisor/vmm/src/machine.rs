@@ -165,7 +165,7 @@ impl Machine {
         if let Some(interrupt) = ports.serial_interrupt().map_err(system("eventfd for the console"))? {
             vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(kvm::call("KVM_IRQFD"))?;
         }
-        let waiting = vcpu::create(kvm, &vm, config.vcpus, entry)?;
+        let waiting = vcpu::create(kvm, &vm, config.vcpus, config.invariant_tsc, entry)?;
         let bus = Arc::new(Bus { ports, devices });
         Ok(Self { _vm: vm, _memory: memory, bus, gate: Arc::default(), waiting, running: Vec::new() })
     }

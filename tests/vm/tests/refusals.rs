@@ -155,6 +155,7 @@ fn commands_in_the_wrong_order() {
 fn config(kernel: u8) -> MachineConfig {
     MachineConfig {
         vcpus: 1,
+        invariant_tsc: false,
         memory: MemoryConfig { size: 32 << 20, file: None, private: false },
         kernel: DescriptorIndex(kernel),
         initramfs: None,

@@ -9,6 +9,8 @@ mod leaf1_ecx {
     pub const TSC_DEADLINE: u32 = 1 << 24;
     pub const HYPERVISOR: u32 = 1 << 31;
 }
+/// Leaf 0x80000007, EDX: the TSC runs at one rate in all states of the processor.
+const INVARIANT_TSC: u32 = 1 << 8;
 /// Leaf 1, EDX: more than one logical processor.
 const HTT: u32 = 1 << 28;
 /// Leaf 0x80000001, ECX: nested virtualization; the legacy multi-core bit; leaves 0x8000001d and 0x8000001e.
@@ -33,8 +35,18 @@ impl Topology {
     }
 }
 
+/// What the guest may keep its time by.
+#[derive(Clone, Copy, Debug)]
+pub struct Clocks {
+    /// KVM's local APIC has the TSC deadline mode.
+    pub tsc_deadline: bool,
+    /// A processor that says that its TSC is invariant may say so to the guest. Linux then prefers the TSC to kvm-clock,
+    /// which is wrong where the host itself has given the TSC up.
+    pub invariant_tsc: bool,
+}
+
 /// Turns what KVM supports into what one vCPU shows.
-pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, tsc_deadline: bool) -> Vec<kvm_cpuid_entry2> {
+pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, clocks: Clocks) -> Vec<kvm_cpuid_entry2> {
     let max_leaf = supported.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
     let (id, count) = (u32::from(topology.id), u32::from(topology.count));
     let mut entries: Vec<_> = supported
@@ -48,7 +60,7 @@ pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, tsc_deadline:
                     entry.ebx = entry.ebx & 0x0000_ffff | count << 16 | id << 24;
                     entry.ecx &= !leaf1_ecx::VMX;
                     entry.ecx |= leaf1_ecx::HYPERVISOR;
-                    if tsc_deadline {
+                    if clocks.tsc_deadline {
                         entry.ecx |= leaf1_ecx::TSC_DEADLINE;
                     }
                     set(&mut entry.edx, HTT, count > 1);
@@ -64,6 +76,7 @@ pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, tsc_deadline:
                     entry.ecx &= !leaf_ext1_ecx::SVM;
                     set(&mut entry.ecx, leaf_ext1_ecx::CMP_LEGACY, count > 1);
                 }
+                0x8000_0007 if !clocks.invariant_tsc => entry.edx &= !INVARIANT_TSC,
                 0x8000_0008 => entry.ecx = topology.core_bits() << 12 | (count - 1),
                 // Nested virtualization again: revision and features.
                 0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
@@ -108,6 +121,8 @@ fn set(register: &mut u32, bit: u32, value: bool) {
 mod tests {
     use super::*;
 
+    const CLOCKS: Clocks = Clocks { tsc_deadline: true, invariant_tsc: true };
+
     fn supported() -> Vec<kvm_cpuid_entry2> {
         let entry = |function, eax, ecx| kvm_cpuid_entry2 { function, eax, ecx, ..Default::default() };
         vec![
@@ -116,6 +131,7 @@ mod tests {
             entry(0xb, 0, 0),
             entry(0x4000_0000, 0x4000_0001, 0),
             entry(0x8000_0001, 0, 1 << 2),
+            kvm_cpuid_entry2 { edx: 1 << 8, ..entry(0x8000_0007, 0, 0) },
             entry(0x8000_0008, 0, 0),
         ]
     }
@@ -129,7 +145,7 @@ mod tests {
     #[test]
     fn every_vcpu_has_its_own_apic_id() {
         for id in 0..5 {
-            let entries = entries(&supported(), Topology { id, count: 5 }, true);
+            let entries = entries(&supported(), Topology { id, count: 5 }, CLOCKS);
             assert_eq!(find(&entries, 1, 0).ebx >> 24, u32::from(id));
             assert_eq!(find(&entries, 0xb, 1).edx, u32::from(id));
             // Five cores take three bits.
@@ -139,8 +155,17 @@ mod tests {
     }
 
     #[test]
+    fn the_tsc_is_called_invariant_where_the_host_relies_on_it() {
+        for invariant_tsc in [false, true] {
+            let entries =
+                entries(&supported(), Topology { id: 0, count: 1 }, Clocks { tsc_deadline: true, invariant_tsc });
+            assert_eq!(find(&entries, 0x8000_0007, 0).edx & 1 << 8 != 0, invariant_tsc);
+        }
+    }
+
+    #[test]
     fn the_guest_sees_a_hypervisor_but_has_none_to_offer() {
-        let entries = entries(&supported(), Topology { id: 0, count: 1 }, true);
+        let entries = entries(&supported(), Topology { id: 0, count: 1 }, CLOCKS);
         let ecx = find(&entries, 1, 0).ecx;
         assert_eq!(ecx & (1 << 31 | 1 << 24 | 1 << 21), 1 << 31 | 1 << 24 | 1 << 21);
         assert_eq!(ecx & 1 << 5, 0);

@@ -65,18 +65,25 @@ pub struct Running {
     exits: Arc<AtomicU64>,
 }
 
-/// Makes the vCPUs of a machine; the first begins at `entry`.
+/// Makes the vCPUs of a machine; the first begins at `entry`. `invariant_tsc`: see [`cpuid::Clocks`].
 ///
 /// # Errors
 /// KVM's.
-pub fn create(kvm: &Kvm, vm: &VmFd, count: u8, entry: GuestAddress) -> Result<Vec<Vcpu>, KvmError> {
+pub fn create(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    invariant_tsc: bool,
+    entry: GuestAddress,
+) -> Result<Vec<Vcpu>, KvmError> {
     let supported = supported_cpuid(kvm)?;
     let tsc_deadline = kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
+    let clocks = cpuid::Clocks { tsc_deadline, invariant_tsc };
     (0..count)
         .map(|id| {
             let fd = vm.create_vcpu(id.into()).map_err(call("KVM_CREATE_VCPU"))?;
             let topology = cpuid::Topology { id, count };
-            set_cpuid(&fd, &cpuid::entries(supported.as_slice(), topology, tsc_deadline))?;
+            set_cpuid(&fd, &cpuid::entries(supported.as_slice(), topology, clocks))?;
             registers::set_msrs(&fd)?;
             if id == 0 {
                 registers::set_entry(&fd, entry)?;

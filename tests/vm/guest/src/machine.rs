@@ -29,7 +29,7 @@ pub fn describe() {
     println!("guest: memory {}", total.trim().trim_end_matches(" kB"));
     println!("guest: clock {}", read("/sys/devices/system/clocksource/clocksource0/current_clocksource"));
     let flags = read("/proc/cpuinfo");
-    for flag in ["hypervisor", "x2apic", "tsc_deadline_timer", "svm", "vmx"] {
+    for flag in ["hypervisor", "x2apic", "tsc_deadline_timer", "nonstop_tsc", "svm", "vmx"] {
         let has = flags.split_whitespace().any(|word| word == flag);
         println!("guest: flag {flag} {has}");
     }
