@@ -16,30 +16,35 @@
 //! - The driver may send anything. The header's length must be the chain's, which bounds a request; a request that
 //!   is not forwarded is answered with EINVAL.
 //! - The server may answer anything, late or twice. A reply must bear a number from [`slots`]; a malformed one becomes
-//!   EIO. When the socket closes, all requests fail with ENOTCONN, now and later.
+//!   EIO. When the socket closes, what it answered before is delivered; all other requests fail with ENOTCONN, now and later.
+//!   A server that answers nothing for [`PROGRESS_AFTER`] is reported in the log.
 //!
 //! Each side gives its end a send buffer of [`SEND_BUFFER`] bytes, which takes CAP_NET_ADMIN; whoever makes the socket pair may
-//! have done it before. With less the device still works: it lowers the request size in INIT's answer to what fits.
+//! have done it before. With less the device still works, with smaller requests. In INIT's answer the device lowers their
+//! size to what the socket carries well ([`wire::init::limits`]).
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::{
+    collections::VecDeque,
+    os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
+};
 
 use event_manager::EventSet;
-use rustix::{
-    io::Errno,
-    net::{RecvFlags, recv, sockopt},
-};
+use rustix::{io::Errno, net::sockopt};
 use serde::{Deserialize, Serialize};
-use slog::{Logger, error, warn};
+use slog::{Logger, error, info, warn};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use vmm_sys_util::timerfd::TimerFd;
 
-use self::{
-    slots::{InFlight, Slots},
-    wire::{Kind, REPLY_HEADER, REQUEST_HEADER, Reply, Request},
-};
+use self::{requests::Waiting, slots::Slots, wire::Reply};
 use super::{Chain, Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
 
 #[cfg(test)]
 mod hostile_tests;
+#[cfg(test)]
+mod pressure_tests;
+mod replies;
+mod requests;
 pub mod slots;
 #[cfg(test)]
 mod testing;
@@ -47,7 +52,8 @@ mod testing;
 mod tests;
 pub mod wire;
 
-/// The send buffer that each end of the socket pair needs for requests of 1 MiB with several in flight, bytes.
+/// The send buffer that each end of the socket pair needs, bytes. Linux reports room once less than a quarter is taken: with ten
+/// requests of the greatest size still queued, so that the server never runs dry.
 pub const SEND_BUFFER: usize = 4 << 20;
 
 /// The longest tag, bytes (virtio 1.2, 5.11.4).
@@ -59,7 +65,17 @@ const QUEUE_SIZES: [u16; 2] = [128, 512];
 /// Requests or replies handled in one go, before other devices have their turn.
 const BATCH: usize = 64;
 
+/// Bytes of requests or replies after which a batch ends, too: some 100 us of copying.
+const BATCH_BYTES: usize = 1 << 20;
+
+/// After this time a request for which the host had no memory is tried again.
+const RETRY_AFTER: Duration = Duration::from_millis(2);
+
+/// A request that is in flight for this long is reported.
+pub const PROGRESS_AFTER: Duration = Duration::from_secs(30);
+
 const SERVER: PollToken = 0;
+const TIMER: PollToken = 1;
 
 /// A device that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -75,13 +91,22 @@ pub enum FsError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// No timer can be had.
+    #[error("timer of the file system with tag {tag:?}: {source}")]
+    Timer {
+        /// The device's tag.
+        tag: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
 }
 
-/// What must survive a save. Requests in flight cannot: their replies come from a server that is not there any more, so
+/// What must survive a save. Requests that wait are sent after a restore. Requests in flight cannot: their replies come from a server that is not there any more, so
 /// they are answered with EIO at the next [`VirtioDevice::activate`]. Save when [`FsDevice::in_flight`] is 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FsState {
     slots: Slots,
+    waiting: VecDeque<Waiting>,
 }
 
 /// See the module's introduction.
@@ -94,7 +119,30 @@ pub struct FsDevice {
     link: Link,
     /// Malformed packets of the server; logged at each power of two.
     strange_packets: u64,
+    /// Packets for which the host had no memory; logged at each power of two.
+    memory_failures: u64,
+    timer: TimerFd,
+    alarm: Alarm,
+    /// The newest request when the alarm was set: if it or an older one is in flight when it fires, the server stalls.
+    newest: u64,
+    /// Times in a row that the server was found to stall.
+    stalls: u32,
     log: Logger,
+    /// What sending fails with, for tests: a host without memory cannot be had on demand.
+    #[cfg(test)]
+    send_failures: VecDeque<Errno>,
+}
+
+/// What the timer is set for. One of them is enough: reports of a stall may come late while memory is short.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Alarm {
+    #[default]
+    Off,
+    /// To send again what the host had no memory for.
+    Retry,
+    /// To see whether the server answers. Not stopped when it does, so it costs one system call in each
+    /// [`PROGRESS_AFTER`], however many requests there are.
+    Progress,
 }
 
 /// The state of the connection to the server.
@@ -125,8 +173,23 @@ impl FsDevice {
         config[MAX_TAG..].copy_from_slice(&1u32.to_le_bytes());
         let send_buffer = raise_send_buffer(&socket)
             .map_err(|source| FsError::Socket { tag: tag.to_owned(), source: source.into() })?;
-        let state = FsState::default();
-        Ok(Self { config, socket, send_buffer, state, link: Link::Idle, strange_packets: 0, log })
+        let timer = TimerFd::new().map_err(|source| FsError::Timer { tag: tag.to_owned(), source: source.into() })?;
+        Ok(Self {
+            config,
+            socket,
+            send_buffer,
+            state: FsState::default(),
+            link: Link::Idle,
+            strange_packets: 0,
+            memory_failures: 0,
+            timer,
+            alarm: Alarm::Off,
+            newest: 0,
+            stalls: 0,
+            log,
+            #[cfg(test)]
+            send_failures: VecDeque::new(),
+        })
     }
 
     /// What must survive a save.
@@ -139,175 +202,9 @@ impl FsDevice {
         self.state = state;
     }
 
-    /// Requests that the server has not answered.
+    /// Requests that were sent and that the server has not answered.
     pub fn in_flight(&self) -> usize {
         self.state.slots.len()
-    }
-
-    /// Forwards what the driver made available in one queue, until it is empty, the socket full or [`BATCH`] done.
-    fn forward_queue(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
-        if let Some(ring) = context.queues.get_mut(queue) {
-            ring.disable_notification(context.memory)?;
-        }
-        for _ in 0..BATCH {
-            // The driver need not notify while the socket is full: both queues are looked at again when there is room.
-            if self.link == Link::Full {
-                return Ok(());
-            }
-            match context.pop(queue)? {
-                Some(chain) => self.forward(context, queue, chain)?,
-                None => {
-                    let Some(ring) = context.queues.get_mut(queue) else { return Ok(()) };
-                    if !ring.enable_notification(context.memory)? {
-                        return Ok(());
-                    }
-                }
-            }
-        }
-        if let Some(ring) = context.queues.get_mut(queue) {
-            ring.call_again();
-        }
-        Ok(())
-    }
-
-    /// Forwards one request, or answers it, or puts it back if the socket is full.
-    fn forward(&mut self, context: &mut Context, queue: usize, chain: Chain) -> Result<(), DeviceError> {
-        let mut header = [0; REQUEST_HEADER];
-        if chain.readable.read(0, &mut header).is_err() {
-            *context.guest_faults += 1;
-            return Ok(context.complete(queue, chain.head, 0)?);
-        }
-        let request = Request::new(header);
-        let kind = match request.check(chain.readable.len(), chain.writable.len()) {
-            Ok(kind) => kind,
-            Err(_) => {
-                *context.guest_faults += 1;
-                return answer(context, queue, &chain, Reply::error(request.unique(), libc::EINVAL));
-            }
-        };
-        if self.link == Link::Closed {
-            return answer(context, queue, &chain, Reply::error(request.unique(), libc::ENOTCONN));
-        }
-        let number = match kind {
-            // Not answered, so not entered.
-            Kind::Forget => 0,
-            Kind::Init | Kind::Other => {
-                let in_flight = InFlight {
-                    queue: queue as u16,
-                    head: chain.head,
-                    unique: request.unique(),
-                    init: kind == Kind::Init,
-                };
-                match self.state.slots.insert(in_flight) {
-                    Some(number) => number,
-                    None => {
-                        *context.guest_faults += 1;
-                        return answer(context, queue, &chain, Reply::error(request.unique(), libc::EIO));
-                    }
-                }
-            }
-        };
-        match send(&chain, self.socket.as_fd(), &request.renumbered(number)) {
-            Ok(()) if kind == Kind::Forget => Ok(context.complete(queue, chain.head, 0)?),
-            Ok(()) => Ok(()),
-            Err(Errno::AGAIN) => {
-                self.state.slots.take(number);
-                if let Some(ring) = context.queues.get_mut(queue) {
-                    ring.unpop();
-                }
-                self.link = Link::Full;
-                self.watch(context.poll, EventSet::IN | EventSet::OUT)
-            }
-            Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => {
-                self.state.slots.take(number);
-                self.close(context)?;
-                answer(context, queue, &chain, Reply::error(request.unique(), libc::ENOTCONN))
-            }
-            // Longer than the send buffer or in more pieces than Linux takes (the driver's fault), or no memory now.
-            Err(errno) => {
-                self.state.slots.take(number);
-                answer(context, queue, &chain, Reply::error(request.unique(), errno.raw_os_error()))
-            }
-        }
-    }
-
-    /// Delivers what the server sent.
-    fn receive(&mut self, context: &mut Context) -> Result<(), DeviceError> {
-        for _ in 0..BATCH {
-            let mut header = [0; REPLY_HEADER];
-            let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-            match recv(&self.socket, &mut header, flags) {
-                Err(Errno::AGAIN) => return Ok(()),
-                Err(Errno::INTR) => continue,
-                // An empty packet and the end look alike; no server sends the former.
-                Err(_) | Ok((_, 0)) => return self.close(context),
-                Ok((_, len)) => {
-                    let request = if len < REPLY_HEADER { None } else { self.take(&header) };
-                    match request {
-                        Some(request) => self.deliver(context, request)?,
-                        None => self.discard(len, &header),
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn take(&mut self, header: &[u8; REPLY_HEADER]) -> Option<InFlight> {
-        self.state.slots.take(Reply::parse(header).unique)
-    }
-
-    /// Receives the packet that comes next into the chain of its request.
-    fn deliver(&mut self, context: &mut Context, request: InFlight) -> Result<(), DeviceError> {
-        let queue = usize::from(request.queue);
-        let Some(ring) = context.queues.get(queue) else { return Ok(()) };
-        let chain = ring.chain(context.memory, request.head)?;
-        let mut header = [0; REPLY_HEADER];
-        let reply = match chain.writable.receive_packet(self.socket.as_fd(), &mut header) {
-            Ok(received) => Reply::parse(&header).settle(received, chain.writable.len(), request.unique),
-            Err(error) => {
-                // The driver changed its descriptors meanwhile and left no room for a header.
-                if error.kind() == std::io::ErrorKind::InvalidInput {
-                    *context.guest_faults += 1;
-                    self.discard_packet();
-                }
-                Reply::error(request.unique, libc::EIO)
-            }
-        };
-        if request.init && reply.error == 0 {
-            self.lower_limits(&chain, reply.len);
-        }
-        answer(context, queue, &chain, reply)
-    }
-
-    /// Lowers the size of requests in INIT's answer to what our end of the socket can send.
-    fn lower_limits(&self, chain: &Chain, len: usize) {
-        let (bytes, pages) = wire::init::limits(self.send_buffer);
-        let room = &chain.writable;
-        if len >= wire::init::MAX_WRITE + size_of_val(&bytes)
-            && room.read_obj::<u32>(wire::init::MAX_WRITE).is_ok_and(|offered| offered > bytes)
-        {
-            let _ = room.write(wire::init::MAX_WRITE, &bytes.to_le_bytes());
-        }
-        if len >= wire::init::MAX_PAGES + size_of_val(&pages)
-            && room.read_obj::<u16>(wire::init::MAX_PAGES).is_ok_and(|offered| offered > pages)
-        {
-            let _ = room.write(wire::init::MAX_PAGES, &pages.to_le_bytes());
-        }
-    }
-
-    /// Drops the next packet of the server: its number belongs to no request.
-    fn discard(&mut self, len: usize, header: &[u8; REPLY_HEADER]) {
-        self.discard_packet();
-        self.strange_packets += 1;
-        if self.strange_packets.is_power_of_two() {
-            warn!(self.log, "the file server sent a reply to no request"; "bytes" => len,
-                "number" => Reply::parse(header).unique, "so_far" => self.strange_packets);
-        }
-    }
-
-    fn discard_packet(&self) {
-        let _ = recv(&self.socket, &mut [0; 1], RecvFlags::DONTWAIT);
     }
 
     /// The server is gone: fails everything that waits for it.
@@ -316,26 +213,92 @@ impl FsDevice {
             return Ok(());
         }
         self.link = Link::Closed;
-        context.poll.remove(self.socket.as_raw_fd());
+        self.unwatch(context.poll);
         error!(self.log, "the file server is gone, its files are lost to the guest";
-            "requests_failed" => self.state.slots.len());
-        self.fail_all(context, libc::ENOTCONN)
+            "requests_failed" => self.state.slots.len() + self.state.waiting.len());
+        let in_flight = self.fail_in_flight(context, libc::ENOTCONN);
+        in_flight.and(self.fail_waiting(context))
     }
 
-    fn fail_all(&mut self, context: &mut Context, errno: i32) -> Result<(), DeviceError> {
+    /// Each is answered, whatever is wrong with another; the first error is returned.
+    fn fail_in_flight(&mut self, context: &mut Context, errno: i32) -> Result<(), DeviceError> {
+        let mut result = Ok(());
         for request in self.state.slots.drain() {
             let queue = usize::from(request.queue);
             let Some(ring) = context.queues.get(queue) else { continue };
-            let chain = ring.chain(context.memory, request.head)?;
-            answer(context, queue, &chain, Reply::error(request.unique, errno))?;
+            let failed = match ring.chain(context.memory, request.head) {
+                Ok(chain) => answer(context, queue, &chain, Reply::error(request.unique, errno)),
+                Err(error) => Err(error.into()),
+            };
+            result = result.and(failed);
+        }
+        result
+    }
+
+    /// Watches the socket for what the state of the link asks for.
+    fn watch(&self, poll: &mut dyn Poll) -> Result<(), DeviceError> {
+        let events = if self.link == Link::Full { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+        poll.modify(self.socket.as_raw_fd(), SERVER, events)
+            .map_err(|source| DeviceError::Host { what: "watching the file server's socket", source })
+    }
+
+    fn unwatch(&mut self, poll: &mut dyn Poll) {
+        poll.remove(self.socket.as_raw_fd());
+        poll.remove(self.timer.as_raw_fd());
+        self.alarm = Alarm::Off;
+        let _ = self.timer.clear();
+    }
+
+    /// A request was sent: its reply is expected in time.
+    fn expect_progress(&mut self) -> Result<(), DeviceError> {
+        if self.alarm != Alarm::Off {
+            return Ok(());
+        }
+        self.newest = self.state.slots.newest();
+        self.arm(Alarm::Progress)
+    }
+
+    fn arm(&mut self, alarm: Alarm) -> Result<(), DeviceError> {
+        if self.alarm == alarm {
+            return Ok(());
+        }
+        let after = if alarm == Alarm::Retry { RETRY_AFTER } else { PROGRESS_AFTER };
+        self.timer
+            .reset(after, None)
+            .map_err(|error| DeviceError::Host { what: "set the timer of a file system", source: error.into() })?;
+        self.alarm = alarm;
+        Ok(())
+    }
+
+    fn alarm_fired(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        let _ = self.timer.clear();
+        match std::mem::take(&mut self.alarm) {
+            Alarm::Off => {}
+            Alarm::Retry => self.send_waiting(context)?,
+            Alarm::Progress => self.report_stall(),
+        }
+        if self.link != Link::Closed && !self.state.slots.is_empty() {
+            self.expect_progress()?;
         }
         Ok(())
     }
 
-    fn watch(&self, poll: &mut dyn Poll, events: EventSet) -> Result<(), DeviceError> {
-        let fd = self.socket.as_raw_fd();
-        poll.modify(fd, SERVER, events)
-            .map_err(|source| DeviceError::Host { what: "watching the file server's socket", source })
+    fn report_stall(&mut self) {
+        match self.state.slots.overdue(self.newest) {
+            Some(oldest) => {
+                self.stalls = self.stalls.saturating_add(1);
+                if self.stalls.is_power_of_two() {
+                    warn!(self.log, "the file server does not answer, programs in the guest wait for it";
+                        "seconds" => PROGRESS_AFTER.as_secs() * u64::from(self.stalls), "opcode" => oldest.opcode,
+                        "in_flight" => self.state.slots.len(), "waiting" => self.state.waiting.len());
+                }
+            }
+            None if self.stalls > 0 => {
+                self.stalls = 0;
+                info!(self.log, "the file server answers again");
+            }
+            None => {}
+        }
     }
 }
 
@@ -343,7 +306,10 @@ impl FsDevice {
 fn raise_send_buffer(socket: &OwnedFd) -> Result<usize, Errno> {
     if sockopt::socket_send_buffer_size(socket)? < SEND_BUFFER {
         // Linux doubles the value, to account for its own needs.
-        let _ = sockopt::set_socket_send_buffer_size_force(socket, SEND_BUFFER / 2);
+        if sockopt::set_socket_send_buffer_size_force(socket, SEND_BUFFER / 2).is_err() {
+            // Without CAP_NET_ADMIN, as much as net.core.wmem_max allows.
+            let _ = sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER / 2);
+        }
     }
     sockopt::socket_send_buffer_size(socket)
 }
@@ -353,15 +319,6 @@ fn answer(context: &mut Context, queue: usize, chain: &Chain, reply: Reply) -> R
     // A chain without room for the header gets nothing; its fault was counted.
     let written = chain.writable.write(0, &reply.bytes()).map_or(0, |()| reply.len);
     Ok(context.complete(queue, chain.head, written)?)
-}
-
-fn send(chain: &Chain, socket: BorrowedFd, header: &[u8; REQUEST_HEADER]) -> Result<(), Errno> {
-    loop {
-        match chain.readable.send_packet(socket, header).map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::INVAL)) {
-            Err(Errno::INTR) => {}
-            done => return done,
-        }
-    }
 }
 
 impl VirtioDevice for FsDevice {
@@ -390,11 +347,19 @@ impl VirtioDevice for FsDevice {
             let fd = self.socket.as_raw_fd();
             let added = context.poll.add(fd, SERVER, EventSet::IN);
             added.map_err(|source| DeviceError::Host { what: "watching the file server's socket", source })?;
+            if let Err(source) = context.poll.add(self.timer.as_raw_fd(), TIMER, EventSet::IN) {
+                context.poll.remove(fd);
+                return Err(DeviceError::Host { what: "watching the timer of a file system", source });
+            }
             self.link = Link::Open;
         }
-        // Only a restored state has any.
-        self.fail_all(context, libc::EIO)?;
-        (0..QUEUE_SIZES.len()).try_for_each(|queue| self.forward_queue(context, queue))
+        // Only a restored state has any in flight or waiting.
+        self.fail_in_flight(context, libc::EIO)?;
+        if self.link == Link::Closed {
+            self.fail_waiting(context)?;
+        }
+        self.send_waiting(context)?;
+        self.forward_queues(context)
     }
 
     fn queue_ready(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
@@ -404,11 +369,14 @@ impl VirtioDevice for FsDevice {
     fn descriptor_ready(
         &mut self,
         context: &mut Context,
-        _token: PollToken,
+        token: PollToken,
         events: EventSet,
     ) -> Result<(), DeviceError> {
         if matches!(self.link, Link::Idle | Link::Closed) {
             return Ok(());
+        }
+        if token == TIMER {
+            return self.alarm_fired(context);
         }
         let was_full = self.link == Link::Full;
         if events.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) {
@@ -416,11 +384,12 @@ impl VirtioDevice for FsDevice {
         }
         if self.link == Link::Full && events.contains(EventSet::OUT) {
             self.link = Link::Open;
-            self.watch(context.poll, EventSet::IN)?;
+            self.watch(context.poll)?;
         }
-        // There is room, or no server any more: either way, what waits in the queues moves on.
+        self.send_waiting(context)?;
+        // There is room, or no server any more: either way, what is in the queues moves on.
         if was_full && self.link != Link::Full {
-            (0..QUEUE_SIZES.len()).try_for_each(|queue| self.forward_queue(context, queue))?;
+            self.forward_queues(context)?;
         }
         Ok(())
     }
@@ -428,8 +397,9 @@ impl VirtioDevice for FsDevice {
     fn reset(&mut self, poll: &mut dyn Poll) {
         // Replies to these come under numbers that nobody knows any more.
         self.state.slots.drain().for_each(drop);
+        self.state.waiting.clear();
         if matches!(self.link, Link::Open | Link::Full) {
-            poll.remove(self.socket.as_raw_fd());
+            self.unwatch(poll);
             self.link = Link::Idle;
         }
     }

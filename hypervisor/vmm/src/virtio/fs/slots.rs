@@ -15,8 +15,10 @@ pub struct InFlight {
     pub head: u16,
     /// The driver's number for it.
     pub unique: u64,
-    /// It is an INIT.
-    pub init: bool,
+    /// What it asks for.
+    pub opcode: u32,
+    /// What it counts against the limit of large requests, bytes.
+    pub large: usize,
 }
 
 /// See the module's introduction. Grows with the greatest number of requests that were in flight at once.
@@ -25,6 +27,10 @@ pub struct Slots {
     slots: Vec<Option<(u64, InFlight)>>,
     free: Vec<u16>,
     count: u64,
+    /// The number that was given last.
+    last: u64,
+    /// Sum of [`InFlight::large`].
+    large: usize,
 }
 
 impl Slots {
@@ -49,6 +55,8 @@ impl Slots {
         self.count = (self.count + 1) & (u64::MAX >> Self::SLOT_BITS);
         let number = self.count << Self::SLOT_BITS | u64::from(slot);
         *self.slots.get_mut(usize::from(slot))? = Some((number, request));
+        self.last = number;
+        self.large = self.large.saturating_add(request.large);
         Some(number)
     }
 
@@ -58,12 +66,39 @@ impl Slots {
         let entry = self.slots.get_mut(usize::from(slot))?;
         let (_, request) = entry.take_if(|(entered, _)| *entered == number)?;
         self.free.push(slot);
+        self.large = self.large.saturating_sub(request.large);
         Some(request)
+    }
+
+    /// The only request in flight. `None` also if it is an older one than the last: to find it would take a search.
+    pub fn only(&self) -> Option<InFlight> {
+        if self.len() != 1 {
+            return None;
+        }
+        let (number, request) = (*self.slots.get(usize::from(self.last as u16))?)?;
+        (number == self.last).then_some(request)
+    }
+
+    /// Bytes of large requests in flight.
+    pub fn large(&self) -> usize {
+        self.large
+    }
+
+    /// The request that was entered last, for [`Self::overdue`].
+    pub fn newest(&self) -> u64 {
+        self.count
+    }
+
+    /// The oldest request in flight, if it is `newest` or older.
+    pub fn overdue(&self, newest: u64) -> Option<InFlight> {
+        let (number, oldest) = self.slots.iter().flatten().min_by_key(|(number, _)| *number)?;
+        (number >> Self::SLOT_BITS <= newest).then_some(*oldest)
     }
 
     /// Removes every request; the numbers go on where they were.
     pub fn drain(&mut self) -> impl Iterator<Item = InFlight> + use<> {
         self.free.clear();
+        self.large = 0;
         std::mem::take(&mut self.slots).into_iter().flatten().map(|(_, request)| request)
     }
 
@@ -88,7 +123,7 @@ mod tests {
     use super::*;
 
     fn request(head: u16) -> InFlight {
-        InFlight { queue: 1, head, unique: u64::from(head) << 20, init: false }
+        InFlight { queue: 1, head, unique: u64::from(head) << 20, opcode: 1, large: usize::from(head % 3) }
     }
 
     #[test]
@@ -159,6 +194,13 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(slots.len(), model.len());
+                prop_assert_eq!(slots.large(), model.values().map(|request| request.large).sum::<usize>());
+                if let Some(only) = slots.only() {
+                    prop_assert_eq!(model.values().collect::<Vec<_>>(), [&only]);
+                }
+                let oldest = model.iter().min_by_key(|(number, _)| **number).map(|(_, request)| *request);
+                prop_assert_eq!(slots.overdue(slots.newest()), oldest);
+                prop_assert_eq!(slots.overdue(0), None);
             }
         }
     }

@@ -15,7 +15,10 @@ use slog::{Logger, o};
 use virtio_queue::{QueueT, desc::split::Descriptor};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::*;
+use super::{
+    wire::{REPLY_HEADER, REQUEST_HEADER},
+    *,
+};
 use crate::virtio::VirtQueue;
 
 pub(super) const SIZE: u16 = 64;
@@ -77,7 +80,7 @@ impl Machine {
         let (ours, server) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         sockopt::set_socket_send_buffer_size_force(&server, SEND_BUFFER).unwrap();
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 32 << 20)]).unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
         let mut queues = vec![VirtQueue::new(SIZE).unwrap(), VirtQueue::new(SIZE).unwrap()];
         for (index, queue) in queues.iter_mut().enumerate() {
             let base = (1 - index as u32) * 0x8000;
@@ -136,6 +139,17 @@ impl Machine {
 
     pub(super) fn ready(&mut self, events: EventSet) -> Result<(), DeviceError> {
         self.call(|device, context| device.descriptor_ready(context, SERVER, events))
+    }
+
+    /// The timer fires.
+    pub(super) fn alarm(&mut self) {
+        self.call(|device, context| device.descriptor_ready(context, TIMER, EventSet::IN)).unwrap();
+    }
+
+    /// The server's process ends.
+    pub(super) fn server_dies(&mut self) {
+        let (_, closed) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        drop(std::mem::replace(&mut self.server, closed));
     }
 
     /// Sends a request with `body`, and `room` bytes for its reply, as chain `head` of two descriptors.

@@ -19,7 +19,9 @@ const PAGE: usize = 4096;
 const MAX_DATA: usize = 1 << 20;
 
 const OPCODE_FORGET: u32 = 2;
-const OPCODE_INIT: u32 = 26;
+/// FUSE_INIT.
+pub const OPCODE_INIT: u32 = 26;
+const OPCODE_INTERRUPT: u32 = 36;
 const OPCODE_BATCH_FORGET: u32 = 42;
 
 /// What becomes of a request.
@@ -27,6 +29,8 @@ const OPCODE_BATCH_FORGET: u32 = 42;
 pub enum Kind {
     /// FORGET and BATCH_FORGET: never answered.
     Forget,
+    /// INTERRUPT: names another request; often without room for a reply.
+    Interrupt,
     /// INIT: the limits in its answer may have to be lowered.
     Init,
     /// Everything else.
@@ -69,6 +73,11 @@ impl Request {
         u64_at(&self.bytes, 8)
     }
 
+    /// What it asks for.
+    pub fn opcode(&self) -> u32 {
+        u32_at(&self.bytes, 4)
+    }
+
     /// Checks the request against its chain's lengths.
     ///
     /// # Errors
@@ -81,12 +90,13 @@ impl Request {
         if readable > MAX_REQUEST {
             return Err(Refusal::TooLong(readable));
         }
-        let kind = match u32_at(&self.bytes, 4) {
+        let kind = match self.opcode() {
+            OPCODE_INTERRUPT => Kind::Interrupt,
             OPCODE_FORGET | OPCODE_BATCH_FORGET => Kind::Forget,
             OPCODE_INIT => Kind::Init,
             _ => Kind::Other,
         };
-        if kind != Kind::Forget && writable < REPLY_HEADER {
+        if matches!(kind, Kind::Init | Kind::Other) && writable < REPLY_HEADER {
             return Err(Refusal::NoReply(writable));
         }
         Ok(kind)
@@ -150,11 +160,15 @@ pub mod init {
     /// `max_pages`, u16, of 4096 bytes.
     pub const MAX_PAGES: usize = 44;
 
-    /// The largest data of one request over a socket whose send buffer has `send_buffer` bytes: (bytes, pages).
-    ///
-    /// Linux takes a packet only if it is 32 bytes shorter than the buffer (unix_dgram_sendmsg in net/unix/af_unix.c).
+    /// The most pages of one request or reply. Linux puts all but the last 17 pages of a packet into one block of contiguous memory
+    /// (sock_alloc_send_pskb, MAX_SKB_FRAGS): 24 pages and the headers need 32 KiB, the largest that it does not count as
+    /// costly (PAGE_ALLOC_COSTLY_ORDER); 256 pages would need 1 MiB, which a fragmented host has to make first or cannot.
+    const MAX_PAGES_SENT: usize = 24;
+
+    /// The largest data of one request over a socket whose send buffer has `send_buffer` bytes: (bytes, pages). Several
+    /// requests fit into an eighth of the buffer each, since Linux reports room once less than a quarter is taken.
     pub fn limits(send_buffer: usize) -> (u32, u16) {
-        let pages = send_buffer.saturating_sub(32 + super::PAGE).min(super::MAX_DATA) / super::PAGE;
+        let pages = ((send_buffer / 8).saturating_sub(super::PAGE) / super::PAGE).min(MAX_PAGES_SENT);
         let pages = pages.max(1) as u16;
         (u32::from(pages) * super::PAGE as u32, pages)
     }
@@ -188,6 +202,7 @@ mod tests {
         assert_eq!(request(40, 26, 0).check(40, 16), Ok(Kind::Init));
         assert_eq!(request(40, 2, 0).check(40, 0), Ok(Kind::Forget));
         assert_eq!(request(40, 42, 0).check(40, 0), Ok(Kind::Forget));
+        assert_eq!(request(48, 36, 0).check(48, 0), Ok(Kind::Interrupt));
     }
 
     #[test]
@@ -197,8 +212,8 @@ mod tests {
 
     #[test]
     fn the_limits_of_a_small_socket_are_lower_and_never_zero() {
-        assert_eq!(init::limits(4 << 20), (1 << 20, 256));
-        assert_eq!(init::limits(212_992), (50 * 4096, 50));
+        assert_eq!(init::limits(4 << 20), (24 * 4096, 24));
+        assert_eq!(init::limits(212_992), (5 * 4096, 5));
         assert_eq!(init::limits(0), (4096, 1));
     }
 
@@ -213,7 +228,7 @@ mod tests {
                 header[0..4].copy_from_slice(&len.to_le_bytes());
                 let verdict = Request::new(header).check(readable, writable);
                 prop_assert_eq!(verdict.is_ok(), len as usize == readable && readable <= MAX_REQUEST
-                    && (writable >= REPLY_HEADER || verdict == Ok(Kind::Forget)));
+                    && (writable >= REPLY_HEADER || matches!(verdict, Ok(Kind::Forget | Kind::Interrupt))));
             }
         }
 
