@@ -19,7 +19,10 @@ use std::{
 };
 
 use nix::{fcntl, unistd};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::{
+    pty::{OpenptFlags, ioctl_tiocgptpeer},
+    termios::{Winsize, tcsetwinsize},
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, unix::AsyncFd},
     sync::watch,
@@ -56,12 +59,20 @@ pub struct HostStreams {
 pub struct Handle {
     close_stdin: watch::Sender<bool>,
     terminal: Option<std::sync::Arc<AsyncFd<OwnedFd>>>,
+    /// The terminal's other side: as long as somebody has it open, it does not hang up. A program may close its console and
+    /// open it again.
+    held: Option<OwnedFd>,
 }
 
 impl Handle {
     /// Ends the process's input after what has already come.
     pub fn close_stdin(&self) {
         self.close_stdin.send_replace(true);
+    }
+
+    /// The process has ended: its terminal hangs up when nobody else has it open.
+    pub fn ended(&mut self) {
+        self.held = None;
     }
 
     /// Sets the terminal's size. False if there is none.
@@ -101,18 +112,20 @@ pub fn pipes(streams: HostStreams, user: &UserPlan) -> io::Result<([OwnedFd; 3],
     };
     let stdout = output(streams.stdout)?;
     let stderr = output(streams.stderr)?;
-    Ok(([stdin, stdout, stderr], Handle { close_stdin, terminal: None }))
+    Ok(([stdin, stdout, stderr], Handle { close_stdin, terminal: None, held: None }))
 }
 
 /// Starts copying between a terminal's master side and its streams.
 ///
 /// # Errors
-/// If the terminal cannot be registered with the runtime.
+/// If the terminal cannot be registered with the runtime, or its other side not be opened.
 pub fn terminal(streams: HostStreams, master: OwnedFd) -> io::Result<Handle> {
     let (close_stdin, closing) = watch::channel(false);
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let held = Some(ioctl_tiocgptpeer(&master, flags)?);
     let master = Descriptor::new(master)?;
     let (mut stdin, mut stdout) = (streams.stdin, streams.stdout);
-    let handle = Handle { close_stdin, terminal: Some(master.0.clone()) };
+    let handle = Handle { close_stdin, terminal: Some(master.0.clone()), held };
     if streams.both_ways
         && let Some(stream) = stdout.take()
     {

@@ -140,9 +140,9 @@ impl Cgroups {
         Ok(Self { parent })
     }
 
-    /// Keeps some of the machine's memory out of all containers' reach: when one of them has taken the rest, the kernel
-    /// reclaims and kills among them, and the agent still gets what it needs at once. Without the memory controller
-    /// nothing is kept.
+    /// Keeps some of the machine's memory and processes out of all containers' reach: when one of them has taken the rest, the kernel
+    /// reclaims and kills among them, or refuses them a fork, and the agent still gets what it needs at once. Without the
+    /// controllers nothing is kept.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -151,9 +151,20 @@ impl Cgroups {
         let text = fs::read_to_string(meminfo).map_err(io_error("read", meminfo))?;
         let file = self.parent.join("memory.max");
         match reach_of_containers(&text) {
-            Some(bytes) if file.exists() => write(&file, &bytes.to_string()).map_err(io_error("write", &file)),
-            _ => Ok(()),
+            Some(bytes) if file.exists() => write(&file, &bytes.to_string()).map_err(io_error("write", &file))?,
+            _ => {}
         }
+        let limit = |name: &str| {
+            let file = Path::new("/proc/sys/kernel").join(name);
+            let text = fs::read_to_string(&file).map_err(io_error("read", &file))?;
+            Ok(text.trim().parse().unwrap_or(u32::MAX))
+        };
+        let file = self.parent.join("pids.max");
+        if file.exists() {
+            let tasks = tasks_of_containers(limit("pid_max")?, limit("threads-max")?);
+            write(&file, &tasks.to_string()).map_err(io_error("write", &file))?;
+        }
+        Ok(())
     }
 
     /// Makes a container's cgroup and sets its limits; nothing stays if that fails.
@@ -183,6 +194,13 @@ fn reach_of_containers(meminfo: &str) -> Option<u64> {
     };
     let kept = (kib("MemTotal")? / KEPT_PART).clamp(KEPT_LEAST, KEPT_MOST);
     kib("MemAvailable")?.checked_sub(kept)
+}
+
+/// How many tasks the containers may have together: what the kernel has numbers and room for, but for some of the agent's own (its
+/// threads, and a stage for each process that begins).
+fn tasks_of_containers(pid_max: u32, threads_max: u32) -> u32 {
+    let all = pid_max.min(threads_max);
+    all - (all / 8).clamp(1, 256)
 }
 
 /// One container's cgroup.
@@ -349,5 +367,12 @@ mod tests {
             assert_eq!(reach_of_containers(&meminfo(total, available)), reach, "{total}");
         }
         assert_eq!(reach_of_containers("MemTotal: x kB\n"), None);
+    }
+
+    #[test]
+    fn some_tasks_stay_for_the_agent() {
+        assert_eq!(tasks_of_containers(32768, 1900), 1900 - 237);
+        assert_eq!(tasks_of_containers(32768, 100_000), 32768 - 256);
+        assert_eq!(tasks_of_containers(1, 1), 0);
     }
 }

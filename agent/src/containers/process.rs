@@ -46,7 +46,11 @@ impl Process {
     }
 
     pub(super) fn exited(&self, exit: Exit) {
-        if lock(&self.state).life.exited(exit) {
+        let mut state = lock(&self.state);
+        if let Some(handle) = &mut state.stdio {
+            handle.ended();
+        }
+        if state.life.exited(exit) {
             self.exit.send_replace(Some(exit));
         }
     }
@@ -106,6 +110,10 @@ impl Process {
             handle.close_stdin();
         }
         state.stdio = Some(handle);
+        if state.life.stopped().is_ok() {
+            // It has ended before it was ready.
+            state.stdio.iter_mut().for_each(stdio::Handle::ended);
+        }
     }
 
     pub(super) fn close_stdin(&self) {

@@ -18,12 +18,19 @@ use crate::nodes::Key;
 /// # Errors
 /// The system call's.
 pub fn examine(file: impl AsFd) -> Result<Statx, Errno> {
-    statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
+    statx(
+        file,
+        c"",
+        AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW,
+        StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID,
+    )
 }
 
-/// The file's identity.
+/// The file's identity. A directory is another one on each mount, because a directory has one place in the guest's tree of
+/// names; any other file is the same whatever way it was reached, so that locks, sockets and shared mappings meet.
 pub fn key(stat: &Statx) -> Key {
-    Key { mount: stat.stx_mnt_id, device: (stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino }
+    let mount = if kind(stat) == FileType::Directory { stat.stx_mnt_id } else { 0 };
+    Key { mount, device: (stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino }
 }
 
 /// The file's type.
@@ -31,10 +38,10 @@ pub fn kind(stat: &Statx) -> FileType {
     FileType::from_raw_mode(stat.stx_mode.into())
 }
 
-/// The attributes that the guest gets.
-pub fn attributes(stat: &Statx) -> stat64 {
+/// The attributes that the guest gets, with this inode number.
+pub fn attributes(stat: &Statx, ino: u64) -> stat64 {
     let attr = Attr {
-        ino: stat.stx_ino,
+        ino,
         size: stat.stx_size,
         blocks: stat.stx_blocks,
         atime: stat.stx_atime.tv_sec as u64,

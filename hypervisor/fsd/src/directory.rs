@@ -115,7 +115,10 @@ pub fn list(
     add: &mut dyn FnMut(DirEntry) -> std::io::Result<usize>,
 ) -> Result<(), Errno> {
     let mut buffer = [MaybeUninit::uninit(); BUFFER];
-    tree.with_directory(node, handle, |_, directory| directory.each(offset, &mut buffer, |_, entry| add(entry)))
+    let device = tree.nodes.get(node)?.key.device;
+    tree.with_directory(node, handle, |tree, directory| {
+        directory.each(offset, &mut buffer, |_, entry| add(DirEntry { ino: tree.ino(device, entry.ino), ..entry }))
+    })
 }
 
 /// The same, with each entry's attributes and a reference to it for the guest.
@@ -130,13 +133,14 @@ pub fn list_plus(
     add: &mut dyn FnMut(DirEntry, Entry) -> std::io::Result<usize>,
 ) -> Result<(), Errno> {
     let mut buffer = [MaybeUninit::uninit(); BUFFER_PLUS];
+    let device = tree.nodes.get(node)?.key.device;
     tree.with_directory(node, handle, |tree, directory| {
         directory.each(offset, &mut buffer, |name, entry| {
             // Without a node number the guest takes the name alone. So for "." and "..", and for what cannot be looked up
             // (it is gone, or the guest knows too many files): a listing must not fail for one entry.
             let found = tree.lookup(node, name).unwrap_or_default();
             let known = found.inode;
-            let inode = if known == 0 { entry.ino } else { found.attr.st_ino };
+            let inode = if known == 0 { tree.ino(device, entry.ino) } else { found.attr.st_ino };
             let added = add(DirEntry { ino: inode, ..entry }, found);
             if known != 0 && !matches!(added, Ok(1..)) {
                 tree.forget(known, 1);

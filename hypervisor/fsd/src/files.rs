@@ -48,11 +48,15 @@ impl OpenFiles {
         // A remainder below SLOTS.
         let slot = self.slots.get_mut(id as usize % SLOTS).ok_or(Errno::INVAL)?;
         if !open {
-            let flags = match access {
-                Access::Read => OFlags::RDONLY,
-                Access::Write => OFlags::RDWR,
+            let file = match access {
+                Access::Read => reopen(node, OFlags::RDONLY, &proc_fds),
+                // Linux opens a file that can only be appended to (chattr +a) in no other way.
+                Access::Write => match reopen(node, OFlags::RDWR, &proc_fds) {
+                    Err(Errno::PERM) => reopen(node, OFlags::RDWR | OFlags::APPEND, &proc_fds),
+                    opened => opened,
+                },
             };
-            *slot = Some((id, access, reopen(node, flags, proc_fds)?));
+            *slot = Some((id, access, file?));
         }
         slot.as_mut().map(|(_, _, file)| file).ok_or(Errno::INVAL)
     }

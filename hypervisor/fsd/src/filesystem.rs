@@ -8,7 +8,8 @@
 
 use std::{
     ffi::CStr,
-    io,
+    fs::File,
+    io::{self, IoSlice},
     os::fd::{AsFd, BorrowedFd},
     sync::{Mutex, MutexGuard},
     time::Duration,
@@ -17,26 +18,28 @@ use std::{
 use fuse_backend_rs::{
     abi::fuse_abi::{CreateIn, FsOptions, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64, statvfs64},
     api::filesystem::{
-        Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader, ZeroCopyWriter,
+        Context, DirEntry, Entry, FileLock, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader, ZeroCopyWriter,
     },
 };
 use rustix::{
     fs::{
-        AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
-        Uid, XattrFlags, chmodat, chownat, fallocate, fdatasync, fsync, ftruncate, getxattr, getxattr_query, linkat,
-        listxattr, listxattr_query, mkdirat, mknodat, openat, readlinkat, removexattr, renameat_with, setxattr,
-        symlinkat, unlinkat, utimensat,
+        AtFlags, FallocateFlags, FileType, Gid, IFlags, Mode, OFlags, RenameFlags, SeekFrom, Statx, Timespec,
+        Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags, chmodat, chownat, fallocate, fdatasync, fsync, ftruncate,
+        getxattr, getxattr_query, ioctl_getflags, ioctl_setflags, linkat, listxattr, listxattr_query, mkdirat, mknodat,
+        openat, readlinkat, removexattr, renameat_with, seek, setxattr, symlinkat, syncfs, unlinkat, utimensat,
     },
-    io::Errno,
+    io::{Errno, ReadWriteFlags, pwritev2},
+    path::DecInt,
 };
 
 use crate::{
-    attributes::{attributes, examine, file_system},
+    attributes::file_system,
     directory,
     files::{Access, out_of_descriptors, reopen},
-    handshake::Sharing,
+    handshake::{MAX_DATA, Sharing},
     identity::{creating_as, without_fsetid},
     tree::{Tree, component},
+    wire::is_guests,
 };
 
 /// The longest extended attribute and list of them that Linux has (XATTR_SIZE_MAX, XATTR_LIST_MAX), bytes.
@@ -64,14 +67,73 @@ impl Service {
     /// # Errors
     /// Those of [`Tree::file`], the system call's.
     pub fn copy_range(&self, from: (u64, u64), to: (u64, u64), len: u64) -> Result<usize, Errno> {
-        let mut tree = self.tree();
-        // Both may fall into the same slot of the table of open files: one is opened apart.
-        let source = reopen(tree.nodes.get(from.0)?, OFlags::RDONLY, tree.proc_fds())?;
-        let target = tree.file(to.0, Access::Write)?;
+        let (source, target) = {
+            let mut tree = self.tree();
+            (tree.file_apart(from.0, Access::Read)?, tree.file_apart(to.0, Access::Write)?)
+        };
         let (mut from_offset, mut to_offset) = (from.1, to.1);
-        // One thread serves: a copy must end soon. The guest asks again for the rest.
+        // A copy must end soon. The guest asks again for the rest.
         let len = usize::try_from(len).unwrap_or(usize::MAX).min(16 << 20);
-        rustix::fs::copy_file_range(&source, Some(&mut from_offset), target, Some(&mut to_offset), len)
+        // Linux says nothing of set-id bits in this request, and takes them away itself for a caller without CAP_FSETID.
+        without_fsetid(true, || {
+            rustix::fs::copy_file_range(&source, Some(&mut from_offset), &target, Some(&mut to_offset), len)
+        })?
+    }
+
+    /// Writes everything back that the host holds of the file systems that the guest knows files of.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn sync_file_systems(&self) -> Result<(), Errno> {
+        let file_systems = self.tree().file_systems();
+        file_systems.iter().try_for_each(syncfs)
+    }
+
+    /// Creates a file without a name in `parent`.
+    ///
+    /// # Errors
+    /// ENFILE if the guest knows too many files, EOPNOTSUPP if the file system cannot, the system calls'.
+    pub fn create_unnamed(&self, (uid, gid): (u32, u32), parent: u64, mode: u32, umask: u32) -> Result<Entry, Errno> {
+        let mut tree = self.tree();
+        tree.nodes.check_room()?;
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(mode & 0o7777);
+        let directory = &tree.nodes.get(parent)?.path;
+        let file = creating_as(uid, gid, umask, || openat(directory, c".", flags, mode)).map_err(out_of_descriptors)?;
+        let entry = tree.enter_created(parent, &file)?;
+        tree.files.put(entry.inode, file.into());
+        Ok(entry)
+    }
+
+    /// Attributes of a node, as the kernel says them, with its inode number in the guest.
+    ///
+    /// # Errors
+    /// ESTALE, the system call's.
+    pub fn statx(&self, node: u64) -> Result<(Statx, u64, Duration), Errno> {
+        let mut tree = self.tree();
+        let stat = tree.identify(node)?;
+        let ino = tree.ino((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino);
+        Ok((stat, ino, tree.timeout(node)?))
+    }
+
+    /// The flags of a file (chattr): reads them, or sets `new`.
+    ///
+    /// # Errors
+    /// ENOTTY for what is neither file nor directory, the system call's.
+    pub fn flags(&self, node: u64, new: Option<u32>) -> Result<u32, Errno> {
+        let file = {
+            let tree = self.tree();
+            let node = tree.nodes.get(node)?;
+            let directory = if node.kind == FileType::Directory { OFlags::DIRECTORY } else { OFlags::empty() };
+            reopen(node, OFlags::RDONLY | directory, tree.proc_fds()).map_err(|errno| match errno {
+                Errno::INVAL => Errno::NOTTY,
+                other => other,
+            })?
+        };
+        match new {
+            Some(flags) => ioctl_setflags(&file, IFlags::from_bits_retain(flags)).map(|()| flags),
+            None => ioctl_getflags(&file).map(|flags| flags.bits()),
+        }
     }
 
     fn make(
@@ -121,7 +183,7 @@ impl FileSystem for Service {
     fn getattr(&self, _: &Context, node: u64, _: Option<u64>) -> io::Result<(stat64, Duration)> {
         let mut tree = self.tree();
         let stat = tree.identify(node)?;
-        Ok((attributes(&stat), tree.timeout(node)?))
+        Ok((tree.attributes(&stat), tree.timeout(node)?))
     }
 
     fn setattr(
@@ -217,14 +279,22 @@ impl FileSystem for Service {
     fn link(&self, _: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         component(name)?;
         let mut tree = self.tree();
-        let directory = &tree.nodes.get(parent)?.path;
+        let directory = tree.nodes.get(parent)?;
+        // Of the mount that the new name is on; others are refused.
+        let file = tree.nodes.get(node)?.path_on(directory.mount);
         // By way of /proc: linking a descriptor itself (AT_EMPTY_PATH) needs CAP_DAC_READ_SEARCH.
-        linkat(tree.proc_fds(), tree.proc_name(node)?, directory, name, AtFlags::SYMLINK_FOLLOW)?;
+        linkat(tree.proc_fds(), DecInt::from_fd(file), &directory.path, name, AtFlags::SYMLINK_FOLLOW)?;
         tree.identify(node)?;
         Ok(tree.lookup(parent, name)?)
     }
 
-    fn open(&self, _: &Context, _: u64, _: u32, _: u32) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+    fn open(&self, _: &Context, node: u64, flags: u32, _: u32) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        // Refused now and not at the first write; and an overlay copies the file up while it has its name.
+        let mut tree = self.tree();
+        let regular = tree.nodes.get(node)?.kind == FileType::RegularFile;
+        if regular && flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32 {
+            tree.file(node, Access::Write)?;
+        }
         // "Not needed": see crate::handshake.
         Err(Errno::NOSYS.into())
     }
@@ -245,23 +315,13 @@ impl FileSystem for Service {
         let created = creating_as(context.uid, context.gid, args.umask, || openat(directory, name, flags, mode))
             .map_err(out_of_descriptors);
         let exclusive = args.flags & libc::O_EXCL as u32 != 0;
-        let entry = match created {
-            Ok(file) => {
-                let entry = tree.lookup(parent, name)?;
-                tree.files.put(entry.inode, file.into());
-                entry
-            }
-            // It was there without the guest's knowledge.
-            Err(Errno::EXIST) if !exclusive => {
-                let mut entry = tree.lookup(parent, name)?;
-                if args.flags & libc::O_TRUNC as u32 != 0 {
-                    ftruncate(tree.file(entry.inode, Access::Write)?, 0)?;
-                    entry.attr = attributes(&examine(&tree.nodes.get(entry.inode)?.path)?);
-                }
-                entry
-            }
-            Err(errno) => return Err(errno.into()),
+        let file = match created {
+            // It was there without the guest's knowledge, which therefore has checked nothing: it is to look it up.
+            Err(Errno::EXIST) if !exclusive => return Err(Errno::STALE.into()),
+            created => created?,
         };
+        let entry = tree.enter_created(parent, &file)?;
+        tree.files.put(entry.inode, file.into());
         let cached = tree.sharing() == Sharing::Alone;
         let options = if cached { OpenOptions::KEEP_CACHE } else { OpenOptions::empty() };
         Ok((entry, None, options, None))
@@ -279,8 +339,17 @@ impl FileSystem for Service {
         _: u32,
     ) -> io::Result<usize> {
         let mut tree = self.tree();
+        let file = tree.file(node, Access::Read)?;
         let size = to.available_bytes().min(size as usize);
-        to.write_from(tree.file(node, Access::Read)?, size, offset)
+        let mut done = 0;
+        // All of it: what is missing would be a hole for the guest, and an error in the middle is one.
+        while done < size {
+            match to.write_from(file, size - done, offset.saturating_add(done as u64))? {
+                0 => break,
+                read => done += read,
+            }
+        }
+        Ok(done)
     }
 
     fn write(
@@ -292,25 +361,61 @@ impl FileSystem for Service {
         size: u32,
         offset: u64,
         _: Option<u64>,
-        _: bool,
-        _: u32,
+        delayed: bool,
+        flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
         let mut tree = self.tree();
+        let with_host = tree.sharing() == Sharing::WithHost;
         let file = tree.file(node, Access::Write)?;
-        without_fsetid(fuse_flags & WRITE_KILL_PRIV != 0, || from.read_to(file, size as usize, offset))?
+        without_fsetid(fuse_flags & WRITE_KILL_PRIV != 0, || {
+            if with_host && !delayed && flags & libc::O_APPEND as u32 != 0 {
+                return append(file, from, size as usize);
+            }
+            write_all(file, from, size as usize, offset, delayed)
+        })?
+    }
+
+    fn lseek(&self, _: &Context, node: u64, _: u64, offset: u64, whence: u32) -> io::Result<u64> {
+        let mut tree = self.tree();
+        let file = tree.file(node, Access::Read)?;
+        let place = match whence as i32 {
+            libc::SEEK_DATA => SeekFrom::Data(offset),
+            libc::SEEK_HOLE => SeekFrom::Hole(offset),
+            _ => return Err(Errno::INVAL.into()),
+        };
+        Ok(seek(file, place)?)
+    }
+
+    fn getlk(&self, _: &Context, node: u64, _: u64, owner: u64, lock: FileLock, _: u32) -> io::Result<FileLock> {
+        let tree = self.tree();
+        if tree.sharing() == Sharing::Alone {
+            return Err(Errno::NOSYS.into());
+        }
+        Ok(tree.locks.get((node, owner), lock, |write| tree.open_for_lock(node, write))?)
+    }
+
+    fn setlk(&self, _: &Context, node: u64, _: u64, owner: u64, lock: FileLock, flags: u32) -> io::Result<()> {
+        let mut tree = self.tree();
+        if tree.sharing() == Sharing::Alone {
+            return Err(Errno::NOSYS.into());
+        }
+        let mut locks = std::mem::take(&mut tree.locks);
+        let set = locks.set((node, owner), lock, flags, |write| tree.open_for_lock(node, write));
+        tree.locks = locks;
+        Ok(set?)
     }
 
     fn fsync(&self, _: &Context, node: u64, data_only: bool, _: u64) -> io::Result<()> {
-        let mut tree = self.tree();
-        let file = tree.file(node, Access::Read)?;
-        let synced = if data_only { fdatasync(file) } else { fsync(file) };
+        let file = self.tree().file_apart(node, Access::Read)?;
+        let synced = if data_only { fdatasync(&file) } else { fsync(&file) };
         Ok(synced?)
     }
 
     fn fallocate(&self, _: &Context, node: u64, _: u64, mode: u32, offset: u64, len: u64) -> io::Result<()> {
-        let mut tree = self.tree();
-        Ok(fallocate(tree.file(node, Access::Write)?, FallocateFlags::from_bits_retain(mode), offset, len)?)
+        let file = self.tree().file_apart(node, Access::Write)?;
+        // As with copies.
+        Ok(without_fsetid(true, || fallocate(&file, FallocateFlags::from_bits_retain(mode), offset, len))??)
     }
 
     fn statfs(&self, _: &Context, node: u64) -> io::Result<statvfs64> {
@@ -318,13 +423,16 @@ impl FileSystem for Service {
     }
 
     fn setxattr(&self, _: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        check_name(name, Errno::PERM)?;
         let mut tree = self.tree();
         setxattr(tree.proc_name(node)?, name, value, XattrFlags::from_bits_retain(flags))?;
         Ok(tree.identify(node).map(drop)?)
     }
 
     fn getxattr(&self, _: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        let path = self.tree().proc_name(node)?;
+        check_name(name, Errno::NODATA)?;
+        let tree = self.tree();
+        let path = tree.proc_name(node)?;
         if size == 0 {
             return Ok(GetxattrReply::Count(getxattr_query(path, name)? as u32));
         }
@@ -335,17 +443,25 @@ impl FileSystem for Service {
     }
 
     fn listxattr(&self, _: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
-        let path = self.tree().proc_name(node)?;
-        if size == 0 {
-            return Ok(ListxattrReply::Count(listxattr_query(path)? as u32));
+        let tree = self.tree();
+        let mut all = vec![0u8; listxattr_query(tree.proc_name(node)?)?.min(MAX_XATTR)];
+        let len = listxattr(tree.proc_name(node)?, &mut all[..])?;
+        all.truncate(len);
+        let mut names = Vec::with_capacity(len);
+        for name in all.split_inclusive(|byte| *byte == 0) {
+            if CStr::from_bytes_with_nul(name).is_ok_and(is_guests) {
+                names.extend_from_slice(name);
+            }
         }
-        let mut names = vec![0u8; (size as usize).min(MAX_XATTR)];
-        let len = listxattr(path, &mut names[..])?;
-        names.truncate(len);
-        Ok(ListxattrReply::Names(names))
+        match size as usize {
+            0 => Ok(ListxattrReply::Count(names.len() as u32)),
+            size if size < names.len() => Err(Errno::RANGE.into()),
+            _ => Ok(ListxattrReply::Names(names)),
+        }
     }
 
     fn removexattr(&self, _: &Context, node: u64, name: &CStr) -> io::Result<()> {
+        check_name(name, Errno::NODATA)?;
         let mut tree = self.tree();
         removexattr(tree.proc_name(node)?, name)?;
         Ok(tree.identify(node).map(drop)?)
@@ -384,13 +500,46 @@ impl FileSystem for Service {
     }
 
     fn fsyncdir(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
-        let tree = self.tree();
-        let directory = tree.directory(node, handle)?;
-        let synced = if data_only { fdatasync(directory) } else { fsync(directory) };
+        let directory = self.tree().directory(node, handle)?.try_clone()?;
+        let synced = if data_only { fdatasync(&directory) } else { fsync(&directory) };
         Ok(synced?)
     }
 
     fn releasedir(&self, _: &Context, node: u64, _: u32, handle: u64) -> io::Result<()> {
         Ok(self.tree().close_directory(node, handle)?)
     }
+}
+
+fn check_name(name: &CStr, refusal: Errno) -> Result<(), Errno> {
+    if is_guests(name) { Ok(()) } else { Err(refusal) }
+}
+
+/// Writes all of a request's data. What the guest writes back of its cache (`delayed`) must be written as a whole, or be an
+/// error: Linux does not look at the count there. Otherwise a count that the disk has cut short is the answer.
+fn write_all(
+    file: &mut File,
+    from: &mut dyn ZeroCopyReader,
+    size: usize,
+    offset: u64,
+    delayed: bool,
+) -> io::Result<usize> {
+    let mut done = 0;
+    while done < size {
+        match from.read_to(file, size - done, offset.saturating_add(done as u64)) {
+            Ok(0) if delayed => return Err(Errno::IO.into()),
+            Ok(0) => break,
+            Ok(written) => done += written,
+            Err(_) if done > 0 && !delayed => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Appends a request's data wherever the file ends now: the guest's idea of its end is older than what the host's processes
+/// have written.
+fn append(file: &File, from: &mut dyn ZeroCopyReader, size: usize) -> io::Result<usize> {
+    let mut data = vec![0; size.min(MAX_DATA)];
+    from.read_exact(&mut data)?;
+    Ok(pwritev2(file, &[IoSlice::new(&data)], 0, ReadWriteFlags::APPEND)?)
 }

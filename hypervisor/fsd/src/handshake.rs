@@ -1,21 +1,18 @@
 //! INIT: what guest and server agree on.
 //!
 //! - **No OPEN.** A regular file is never opened or released by the guest; the server opens what it needs. That saves
-//!   two messages for each file, and the guest cannot hold descriptors here. The price: `open` for writing on a
-//!   read-only mount of the host succeeds and the write fails, so what is read-only must be mounted so in the guest as
-//!   well.
-//! - **Writeback cache.** The guest is the only user of what it may cache, so it writes back when it likes. Therefore
-//!   LSEEK is not offered: Linux asks the server for data and holes without writing back first, and would take a file
-//!   that is still in its cache for a hole (`cp` would copy zeros). Without it the guest sees a file as all data, which
-//!   is always right.
+//!   two messages for each file, and the guest cannot hold descriptors here. Only an open for writing is asked for (our
+//!   guest kernel has a patch), so that the host can refuse it.
+//! - **Writeback cache.** The guest is the only user of what it may cache, so it writes back when it likes. A patch of
+//!   our guest kernel has it write back before it asks for data and holes (LSEEK).
 //! - **ACLs and umask.** The server applies the umask, since only the host's kernel knows whether a default ACL
 //!   replaces it.
 //! - **setuid, setgid** go on write, truncate and chown; the server takes care when the guest says so (KILLPRIV_V2).
-//! - **Locks** stay in the guest.
+//! - **Locks** stay in the guest, where only the guest has the files.
 //!
 //! Files that the host's own processes change as well ([`Sharing::WithHost`]) have no writeback cache: a guest with one
 //! trusts its own idea of a file's size and content. Instead it asks before each read whether the file has changed, and
-//! throws away what it has of it.
+//! throws away what it has of it. Their locks are the host's ([`crate::locks`]).
 
 use fuse_backend_rs::abi::fuse_abi::FsOptions;
 
@@ -36,7 +33,9 @@ impl Sharing {
             Self::WithHost => OPTIONS
                 .difference(FsOptions::WRITEBACK_CACHE)
                 .difference(FsOptions::EXPLICIT_INVAL_DATA)
-                .union(FsOptions::AUTO_INVAL_DATA),
+                .union(FsOptions::AUTO_INVAL_DATA)
+                .union(FsOptions::POSIX_LOCKS)
+                .union(FsOptions::FLOCK_LOCKS),
         }
     }
 }
@@ -140,10 +139,11 @@ mod tests {
     }
 
     #[test]
-    fn locks_open_truncation_and_lookups_of_dots_stay_in_the_guest() {
-        let never =
-            FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS | FsOptions::ATOMIC_O_TRUNC | FsOptions::EXPORT_SUPPORT;
-        assert!(!OPTIONS.intersects(never));
+    fn locks_of_its_own_files_open_truncation_and_lookups_of_dots_stay_in_the_guest() {
+        let never = FsOptions::ATOMIC_O_TRUNC | FsOptions::EXPORT_SUPPORT;
+        let locks = FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS;
+        assert!(!Sharing::Alone.options().intersects(never | locks));
+        assert!(!Sharing::WithHost.options().intersects(never) && Sharing::WithHost.options().contains(locks));
     }
 
     #[test]

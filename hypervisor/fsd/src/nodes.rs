@@ -1,9 +1,12 @@
 //! The files that the guest knows: FUSE node numbers and what they stand for.
 //!
 //! A node is an `O_PATH` descriptor, which names a file without opening it: it follows renames, it outlives an unlink, and
-//! since it pins the inode, (mount, device, inode number) stays unique for as long as the node lives, so that all
-//! hard links of a file are one node. The guest counts its references; at zero the node goes, and its number is never given
-//! again.
+//! since it pins the inode, (device, inode number) stays unique for as long as the node lives, so that all
+//! hard links of a file are one node, whatever mount they were reached by. The guest counts its references; at zero the
+//! node goes, and its number is never given again.
+//!
+//! A file that was reached by several mounts keeps a descriptor of each: link(2) needs one of the mount that the new name is
+//! on, and what is written must not be asked of a mount that is read-only while another is not.
 //!
 //! One file system changes a live file's identity: overlayfs, without an index, gives a hard-linked file of the image a
 //! new inode number of its own at the first change, and leaves the other links behind with the old one ([`Nodes::rekey`]).
@@ -12,13 +15,15 @@ use std::{collections::HashMap, os::fd::OwnedFd};
 
 use rustix::{fs::FileType, io::Errno};
 
+use crate::attributes::file_system;
+
 /// The number of the shared directory itself (FUSE_ROOT_ID).
 pub const ROOT: u64 = 1;
 
 /// What makes two names the same file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// The mount that it was reached by.
+    /// The mount that a directory was reached by; 0 for any other file.
     pub mount: u64,
     /// The file system's device number (major, minor).
     pub device: (u32, u32),
@@ -29,14 +34,47 @@ pub struct Key {
 /// A file that the guest knows.
 #[derive(Debug)]
 pub struct Node {
-    /// Names the file.
+    /// Names the file; by a mount that can be written, if it was reached by one.
     pub path: OwnedFd,
+    /// The mount of `path`.
+    pub mount: u64,
+    /// Names it on other mounts.
+    others: Vec<(u64, OwnedFd)>,
     /// Its identity.
     pub key: Key,
     /// Its type, which cannot change.
     pub kind: FileType,
     /// References that the guest holds.
     lookups: u64,
+}
+
+/// Mounts by which one file is named at most; a guest that binds it more often has the first of them.
+const MAX_MOUNTS: usize = 16;
+
+impl Node {
+    /// A descriptor of the file on `mount`, if it was reached by it; otherwise any.
+    pub fn path_on(&self, mount: u64) -> &OwnedFd {
+        let other = self.others.iter().find(|(of, _)| *of == mount && self.mount != mount);
+        other.map_or(&self.path, |(_, path)| path)
+    }
+
+    /// Notes that the file was reached by a mount.
+    fn reach(&mut self, path: OwnedFd, mount: u64) {
+        let known = self.mount == mount || self.others.iter().any(|(of, _)| *of == mount);
+        if known || self.others.len() >= MAX_MOUNTS {
+            return;
+        }
+        let (mut path, mut mount) = (path, mount);
+        if is_read_only(&self.path) && !is_read_only(&path) {
+            std::mem::swap(&mut self.path, &mut path);
+            std::mem::swap(&mut self.mount, &mut mount);
+        }
+        self.others.push((mount, path));
+    }
+}
+
+fn is_read_only(path: &OwnedFd) -> bool {
+    file_system(path).is_ok_and(|state| state.f_flag & libc::ST_RDONLY != 0)
 }
 
 /// All of them.
@@ -51,7 +89,8 @@ pub struct Nodes {
 impl Nodes {
     /// Knows only the root; at most `limit` more may be entered.
     pub fn new(root: OwnedFd, key: Key, limit: usize) -> Self {
-        let root = Node { path: root, key, kind: FileType::Directory, lookups: 1 };
+        let (kind, mount) = (FileType::Directory, key.mount);
+        let root = Node { path: root, mount, others: Vec::new(), key, kind, lookups: 1 };
         Self { by_id: HashMap::from([(ROOT, root)]), by_key: HashMap::from([(key, ROOT)]), next: ROOT + 1, limit }
     }
 
@@ -64,25 +103,31 @@ impl Nodes {
     }
 
     /// Whether the file is reached by the same mount as the root.
-    pub fn on_root_mount(&self, key: &Key) -> bool {
-        self.by_id.get(&ROOT).is_some_and(|root| root.key.mount == key.mount)
+    pub fn on_root_mount(&self, node: &Node) -> bool {
+        self.by_id.get(&ROOT).is_some_and(|root| root.mount == node.mount)
+    }
+
+    /// Every node.
+    pub fn all(&self) -> impl Iterator<Item = &Node> {
+        self.by_id.values()
     }
 
     /// Gives the guest one more reference to the file and returns its number.
     ///
     /// # Errors
     /// ENFILE if the limit is reached.
-    pub fn enter(&mut self, path: OwnedFd, key: Key, kind: FileType) -> Result<u64, Errno> {
+    pub fn enter(&mut self, (path, mount): (OwnedFd, u64), key: Key, kind: FileType) -> Result<u64, Errno> {
         if let Some(id) = self.by_key.get(&key)
             && let Some(node) = self.by_id.get_mut(id)
         {
             node.lookups = node.lookups.saturating_add(1);
+            node.reach(path, mount);
             return Ok(*id);
         }
         self.check_room()?;
         let id = self.next;
         self.next += 1;
-        self.by_id.insert(id, Node { path, key, kind, lookups: 1 });
+        self.by_id.insert(id, Node { path, mount, others: Vec::new(), key, kind, lookups: 1 });
         self.by_key.insert(key, id);
         Ok(id)
     }
@@ -179,21 +224,21 @@ mod tests {
     #[test]
     fn the_limit_counts_files_and_not_references() {
         let mut nodes = nodes(2);
-        let first = nodes.enter(any_file(), key(1), FileType::RegularFile).unwrap();
-        nodes.enter(any_file(), key(2), FileType::RegularFile).unwrap();
-        assert_eq!(nodes.enter(any_file(), key(3), FileType::RegularFile), Err(Errno::NFILE));
-        assert_eq!(nodes.enter(any_file(), key(1), FileType::RegularFile), Ok(first));
+        let first = nodes.enter((any_file(), 1), key(1), FileType::RegularFile).unwrap();
+        nodes.enter((any_file(), 1), key(2), FileType::RegularFile).unwrap();
+        assert_eq!(nodes.enter((any_file(), 1), key(3), FileType::RegularFile), Err(Errno::NFILE));
+        assert_eq!(nodes.enter((any_file(), 1), key(1), FileType::RegularFile), Ok(first));
         assert!(nodes.forget(first, 2));
-        assert!(nodes.enter(any_file(), key(3), FileType::RegularFile).is_ok());
+        assert!(nodes.enter((any_file(), 1), key(3), FileType::RegularFile).is_ok());
     }
 
     #[test]
     fn a_file_with_a_new_identity_is_found_by_it_and_leaves_the_old_one_to_others() {
         let mut nodes = nodes(9);
-        let first = nodes.enter(any_file(), key(1), FileType::RegularFile).unwrap();
+        let first = nodes.enter((any_file(), 1), key(1), FileType::RegularFile).unwrap();
         nodes.rekey(first, key(2));
-        assert_eq!(nodes.enter(any_file(), key(2), FileType::RegularFile), Ok(first));
-        let other = nodes.enter(any_file(), key(1), FileType::RegularFile).unwrap();
+        assert_eq!(nodes.enter((any_file(), 1), key(2), FileType::RegularFile), Ok(first));
+        let other = nodes.enter((any_file(), 1), key(1), FileType::RegularFile).unwrap();
         assert_ne!(other, first);
         nodes.rekey(other, key(2));
         assert!(nodes.forget(first, 2));
@@ -220,7 +265,7 @@ mod tests {
             let mut ever = vec![ROOT];
             for (enter, inode, count) in steps {
                 if enter {
-                    let id = nodes.enter(any_file(), key(inode), FileType::RegularFile).unwrap();
+                    let id = nodes.enter((any_file(), 1), key(inode), FileType::RegularFile).unwrap();
                     let entry = model.entry(inode).or_insert((id, 0));
                     if entry.1 == 0 {
                         prop_assert!(!ever.contains(&id), "a number was given twice");

@@ -23,13 +23,16 @@ use crate::{
     filesystem::Service,
     handshake::{self, HEADER_ROOM, MAX_DATA},
     tree::Tree,
+    wire::{Answer, MAX_ANSWER, Request},
 };
 
 const REQUEST_HEADER: usize = 40;
 const REPLY_HEADER: usize = 16;
+/// The commands of ioctl(2) that lsattr and chattr use (include/uapi/linux/fs.h).
+const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
+const FS_IOC_SETFLAGS: u32 = 0x4008_6602;
 /// The send buffer that we try for, bytes.
 const SEND_BUFFER: usize = 4 << 20;
-const OPCODE_COPY_FILE_RANGE: u32 = 47;
 
 /// A request's header (struct fuse_in_header).
 struct Header {
@@ -37,6 +40,8 @@ struct Header {
     opcode: u32,
     unique: u64,
     node: u64,
+    uid: u32,
+    gid: u32,
 }
 
 /// Serves a tree over a socket.
@@ -107,9 +112,9 @@ impl Session {
                 Err(errno) => self.fail(&header, errno),
             };
         }
-        if header.opcode == OPCODE_COPY_FILE_RANGE {
-            return match self.copy_file_range(&header, body) {
-                Ok(answer) => self.answer(&header, &answer),
+        if let Some(parsed) = Request::parse(header.opcode, body) {
+            return match parsed.ok_or(Errno::INVAL).and_then(|request| self.carry_out(&header, request)) {
+                Ok(answer) => self.answer(&header, answer.bytes()),
                 Err(errno) => self.fail(&header, errno.raw_os_error()),
             };
         }
@@ -133,12 +138,31 @@ impl Session {
         }
     }
 
-    /// COPY_FILE_RANGE, which the crate does not know (struct fuse_copy_file_range_in).
-    fn copy_file_range(&self, header: &Header, body: &[u8]) -> Result<[u8; 8], Errno> {
-        let field = |index: usize| u64_at(body, index * 8).ok_or(Errno::INVAL);
-        let (from_offset, to_node, to_offset, len) = (field(1)?, field(2)?, field(4)?, field(5)?);
-        let copied = self.service.copy_range((header.node, from_offset), (to_node, to_offset), len)?;
-        Ok((copied as u64).to_le_bytes())
+    /// What the crate does not know.
+    fn carry_out(&self, header: &Header, request: Request) -> Result<Answer, Errno> {
+        let (service, node) = (&self.service, header.node);
+        Ok(match request {
+            Request::CopyFileRange { from, to_node, to, len } => {
+                Answer::copied(service.copy_range((node, from), (to_node, to), len)?)
+            }
+            Request::Syncfs => {
+                service.sync_file_systems()?;
+                Answer::default()
+            }
+            Request::Tmpfile { mode, umask } => {
+                Answer::created(&service.create_unnamed((header.uid, header.gid), node, mode, umask)?)
+            }
+            Request::Statx => {
+                let (stat, ino, timeout) = service.statx(node)?;
+                Answer::statx(&stat, ino, timeout)
+            }
+            Request::Ioctl { command: FS_IOC_GETFLAGS, .. } => Answer::ioctl(Some(service.flags(node, None)?)),
+            Request::Ioctl { command: FS_IOC_SETFLAGS, value: Some(flags) } => {
+                service.flags(node, Some(flags))?;
+                Answer::ioctl(None)
+            }
+            Request::Ioctl { .. } => return Err(Errno::NOTTY),
+        })
     }
 
     fn fail(&self, header: &Header, errno: i32) -> Result<(), Errno> {
@@ -150,7 +174,7 @@ impl Session {
     }
 
     fn send(&self, unique: u64, error: i32, body: &[u8]) -> Result<(), Errno> {
-        let mut packet = [0; REPLY_HEADER + 64];
+        let mut packet = [0; REPLY_HEADER + MAX_ANSWER];
         let len = REPLY_HEADER + body.len();
         let fields = [&(len as u32).to_le_bytes()[..], &error.to_le_bytes(), &unique.to_le_bytes(), body];
         let mut rest = &mut packet[..];
@@ -174,6 +198,8 @@ impl Header {
             opcode: (word >> 32) as u32,
             unique: u64_at(request, 8)?,
             node: u64_at(request, 16)?,
+            uid: u64_at(request, 24)? as u32,
+            gid: (u64_at(request, 24)? >> 32) as u32,
         })
     }
 }

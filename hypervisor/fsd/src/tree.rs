@@ -11,14 +11,14 @@
 //! that do not exist included. Of a tree that is shared with the host's processes nothing is.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::CStr,
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
-use fuse_backend_rs::api::filesystem::Entry;
+use fuse_backend_rs::{abi::fuse_abi::stat64, api::filesystem::Entry};
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Statx, openat, openat2, readlinkat},
     io::Errno,
@@ -30,6 +30,7 @@ use crate::{
     directory::Directory,
     files::{Access, OpenFiles, out_of_descriptors, reopen},
     handshake::Sharing,
+    locks::Locks,
     nodes::Nodes,
 };
 
@@ -39,7 +40,7 @@ const CACHED: Duration = Duration::from_secs(24 * 3600);
 const MAX_DIRECTORIES: usize = 1024;
 
 /// Descriptors that are not nodes: open files and directories, the process's own, and what one request needs.
-pub const RESERVED_DESCRIPTORS: usize = MAX_DIRECTORIES + crate::files::SLOTS + 64;
+pub const RESERVED_DESCRIPTORS: usize = MAX_DIRECTORIES + crate::files::SLOTS + crate::locks::MAX_OWNERS + 64;
 
 /// See the module's introduction.
 #[derive(Debug)]
@@ -48,6 +49,10 @@ pub struct Tree {
     pub nodes: Nodes,
     /// Files open for reading and writing.
     pub files: OpenFiles,
+    /// Locks that the guest holds of files that it shares with the host.
+    pub locks: Locks,
+    /// The devices that files were seen on; see [`Tree::ino`].
+    devices: Vec<(u32, u32)>,
     directories: HashMap<u64, (u64, Directory)>,
     next_handle: u64,
     proc_fds: OwnedFd,
@@ -62,20 +67,45 @@ impl Tree {
     pub fn new(root: OwnedFd, proc_fds: OwnedFd, limit: usize, sharing: Sharing) -> Result<Self, Errno> {
         let key = key(&examine(&root)?);
         let nodes = Nodes::new(root, key, limit);
-        let (files, directories) = (OpenFiles::default(), HashMap::new());
-        Ok(Self { nodes, files, directories, next_handle: 1, proc_fds, sharing })
+        let (files, locks, directories) = (OpenFiles::default(), Locks::default(), HashMap::new());
+        // The shared directory's own device is of no volume.
+        let devices = vec![key.device];
+        Ok(Self { nodes, files, locks, devices, directories, next_handle: 1, proc_fds, sharing })
     }
 
     /// Forgets what a guest knew: it has restarted or unmounted.
     pub fn clear(&mut self) {
         self.nodes.clear();
         self.files.clear();
+        self.locks.clear();
         self.directories.clear();
     }
 
     /// Who changes its files.
     pub fn sharing(&self) -> Sharing {
         self.sharing
+    }
+
+    /// The inode number that the guest sees of a file with `inode` on `device`. All volumes of a pod are one file system there, and the
+    /// host's inode numbers are unique on one device only: the second device and those behind it have a number in the upper bits.
+    /// Container roots keep the host's numbers: each container sees one of them.
+    pub fn ino(&mut self, device: (u32, u32), inode: u64) -> u64 {
+        const SHIFT: u32 = 48;
+        if self.sharing == Sharing::Alone || inode >> SHIFT != 0 {
+            return inode;
+        }
+        let known = self.devices.iter().position(|known| *known == device);
+        let index = known.unwrap_or_else(|| {
+            self.devices.push(device);
+            self.devices.len() - 1
+        });
+        // The shared directory has index 0, the first volume 1.
+        inode | ((index as u64).saturating_sub(1) & 0x7fff) << SHIFT
+    }
+
+    /// The attributes that the guest gets of a file.
+    pub fn attributes(&mut self, stat: &Statx) -> stat64 {
+        attributes(stat, self.ino((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino))
     }
 
     /// The directory `/proc/self/fd`.
@@ -107,10 +137,26 @@ impl Tree {
                 self.nodes.renew(known, path.try_clone().map_err(|_| Errno::NFILE)?);
             }
         }
+        self.entry(parent, path, &stat)
+    }
+
+    /// Gives the guest a reference to a file that was just created in `parent`.
+    ///
+    /// # Errors
+    /// ENFILE if the guest knows too many files, the system calls'.
+    pub fn enter_created(&mut self, parent: u64, file: &OwnedFd) -> Result<Entry, Errno> {
+        // The file itself and not its name, which the host's processes may have given to another.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let path = openat(&self.proc_fds, DecInt::from_fd(file), flags, Mode::empty()).map_err(out_of_descriptors)?;
+        let stat = examine(&path)?;
+        self.entry(parent, path, &stat)
+    }
+
+    fn entry(&mut self, parent: u64, path: OwnedFd, stat: &Statx) -> Result<Entry, Errno> {
         let entry_timeout = self.timeout(parent)?;
-        let inode = self.nodes.enter(path, key(&stat), kind(&stat))?;
-        let attr_timeout = self.timeout(inode)?;
-        Ok(Entry { inode, generation: 0, attr: attributes(&stat), attr_flags: 0, attr_timeout, entry_timeout })
+        let inode = self.nodes.enter((path, stat.stx_mnt_id), key(stat), kind(stat))?;
+        let (attr_timeout, attr) = (self.timeout(inode)?, self.attributes(stat));
+        Ok(Entry { inode, generation: 0, attr, attr_flags: 0, attr_timeout, entry_timeout })
     }
 
     /// What `name` in `parent` is, for a look.
@@ -151,7 +197,7 @@ impl Tree {
     /// # Errors
     /// ESTALE if there is no such node.
     pub fn timeout(&self, node: u64) -> Result<Duration, Errno> {
-        let shims = self.nodes.on_root_mount(&self.nodes.get(node)?.key);
+        let shims = self.nodes.on_root_mount(self.nodes.get(node)?);
         Ok(if shims || self.sharing == Sharing::WithHost { Duration::ZERO } else { CACHED })
     }
 
@@ -159,6 +205,7 @@ impl Tree {
     pub fn forget(&mut self, node: u64, count: u64) {
         if self.nodes.forget(node, count) {
             self.files.forget(node);
+            self.locks.forget(node);
         }
     }
 
@@ -173,6 +220,37 @@ impl Tree {
             self.identify(node)?;
         }
         self.files.get(node, self.nodes.get(node)?, access, &self.proc_fds)
+    }
+
+    /// A directory or file of each file system that the guest knows files of, open: what syncfs(2) needs.
+    pub fn file_systems(&self) -> Vec<File> {
+        let mut mounts = HashSet::new();
+        let nodes = self.nodes.all().filter(|node| !self.nodes.on_root_mount(node) && mounts.insert(node.mount));
+        let open = |node| {
+            let directory = reopen(node, OFlags::RDONLY | OFlags::DIRECTORY, &self.proc_fds);
+            directory.or_else(|_| reopen(node, OFlags::RDONLY, &self.proc_fds)).ok()
+        };
+        nodes.filter_map(open).collect()
+    }
+
+    /// The same for a call that may take long, with which the tree must not wait: another descriptor of the file.
+    ///
+    /// # Errors
+    /// Those of [`Self::file`].
+    pub fn file_apart(&mut self, node: u64, access: Access) -> Result<File, Errno> {
+        self.file(node, access)?.try_clone().map_err(|_| Errno::NFILE)
+    }
+
+    /// A file, opened for a lock: for writing if that is asked for and can be, because a lock against readers needs it.
+    ///
+    /// # Errors
+    /// ESTALE, EISDIR and EINVAL for what is not a regular file, the system call's.
+    pub fn open_for_lock(&self, node: u64, write: bool) -> Result<File, Errno> {
+        let node = self.nodes.get(node)?;
+        if write && let Ok(file) = reopen(node, OFlags::RDWR, &self.proc_fds) {
+            return Ok(file);
+        }
+        reopen(node, OFlags::RDONLY, &self.proc_fds)
     }
 
     /// Opens a directory and returns its handle.

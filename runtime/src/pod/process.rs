@@ -23,6 +23,10 @@ use crate::{
     timeline::Stage,
 };
 
+/// How long the last output of a process may take on its way through the machine.
+const LAST_OUTPUT: Duration = Duration::from_secs(2);
+/// The same for an exec, whose output may stay open behind it.
+const LAST_OUTPUT_OF_EXEC: Duration = Duration::from_millis(50);
 /// How long the exits of a container's execs may come behind its own.
 const LAST_EXECS: Duration = Duration::from_secs(1);
 
@@ -45,6 +49,16 @@ impl Pod {
                         warn!(self.log, "execs outlive their container"; "container" => &name.container);
                     }
                     self.timeline.log(&self.log);
+                }
+                // Clients stop reading when they are told of the end. What an exec has left running may keep its output.
+                let quiet = if name.exec.is_empty() { LAST_OUTPUT } else { LAST_OUTPUT_OF_EXEC };
+                let read = self
+                    .tasks()
+                    .entry(&name)
+                    .ok()
+                    .and_then(|entry| Some(entry.copies.as_ref()?.read(self.limits.drain, quiet)));
+                if let Some(read) = read {
+                    read.await;
                 }
                 self.tasks().exited(&name, exit);
             }

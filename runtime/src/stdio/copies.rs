@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -15,7 +15,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::watch,
     task::{AbortHandle, JoinSet},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -26,6 +26,9 @@ use super::{
 
 /// Bytes that one read takes at most; a FIFO holds 64 KiB.
 pub(super) const BUFFER: usize = 32 * 1024;
+
+/// How often progress is looked at, while there is some to be made.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Called once, when the first byte of output has come.
 pub type FirstOutput = Arc<dyn Fn() + Send + Sync>;
@@ -61,6 +64,7 @@ impl Connected {
             input: Mutex::new(self.stdin),
             done,
             progresses,
+            given_up: Arc::default(),
             outputs: outputs.abort_handle(),
             stdin: Mutex::new(None),
             loggers: self.loggers,
@@ -91,8 +95,12 @@ impl Progress {
 
     /// A number that changes whenever something was written or read.
     fn taken(&self) -> u64 {
-        let unread = self.pipe.upgrade().and_then(|pipe| rustix::io::ioctl_fionread(pipe).ok()).unwrap_or(0);
-        self.written.load(Ordering::Relaxed).wrapping_sub(unread)
+        self.written.load(Ordering::Relaxed).wrapping_sub(self.unread())
+    }
+
+    /// Bytes that wait in the pipe for their reader.
+    fn unread(&self) -> u64 {
+        self.pipe.upgrade().and_then(|pipe| rustix::io::ioctl_fionread(pipe).ok()).unwrap_or(0)
     }
 }
 
@@ -133,6 +141,8 @@ pub struct Copies {
     input: Mutex<Option<Input>>,
     done: watch::Receiver<bool>,
     progresses: Vec<Progress>,
+    /// A reader has left output unread for too long.
+    given_up: Arc<AtomicBool>,
     outputs: AbortHandle,
     stdin: Mutex<Option<AbortHandle>>,
     loggers: Vec<Logger>,
@@ -181,6 +191,7 @@ impl Copies {
     /// the guest, or a client that does not read, must not hold up a Delete. False if it was given up.
     pub fn drained(&self, stall: Duration) -> impl Future<Output = bool> + use<> {
         let (mut done, progresses) = (self.done.clone(), self.progresses.clone());
+        let stall = if self.given_up.load(Ordering::Relaxed) { Duration::ZERO } else { stall };
         let taken = move || progresses.iter().map(Progress::taken).collect::<Vec<_>>();
         async move {
             let mut before = taken();
@@ -193,6 +204,28 @@ impl Copies {
                     return false;
                 }
                 before = now;
+            }
+        }
+    }
+
+    /// Waits until what has come of the output of a process that has ended is with its readers: as long as it moves on, `stall`
+    /// beyond for a reader that has not taken what is there, and `quiet` for more to come, since others may still have the stream.
+    pub fn read(&self, stall: Duration, quiet: Duration) -> impl Future<Output = ()> + use<> {
+        let (mut done, progresses) = (self.done.clone(), self.progresses.clone());
+        let given_up = Arc::clone(&self.given_up);
+        let taken =
+            move || progresses.iter().map(|progress| (progress.taken(), progress.unread() > 0)).collect::<Vec<_>>();
+        async move {
+            let (mut before, mut since) = (taken(), Instant::now());
+            while timeout(LOOK, done.wait_for(|done| *done)).await.is_err() {
+                let now = taken();
+                let is_unread = now.iter().any(|(_, unread)| *unread);
+                if now != before {
+                    (before, since) = (now, Instant::now());
+                } else if since.elapsed() >= if is_unread { stall } else { quiet } {
+                    given_up.store(is_unread, Ordering::Relaxed);
+                    return;
+                }
             }
         }
     }

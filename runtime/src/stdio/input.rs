@@ -11,6 +11,8 @@
 //!   both       none, and none in the first OPEN_LIMIT after      then: nothing will ever be written (`ctr … </dev/null`)
 //! ```
 //!
+//! A terminal's input is held open from Start in any case: it ends with its process, and a client may attach to it at any time.
+//!
 //! An init process's FIFO is opened for reading at the end of Create already, so that a client may write before Start.
 
 use std::{
@@ -78,6 +80,7 @@ pub struct Input {
     fifo: Fifo,
     reader: Option<Receiver>,
     stream: UnixStream,
+    terminal: bool,
 }
 
 /// What a read from the FIFO finds before the shim itself holds it open for writing.
@@ -90,8 +93,8 @@ enum Found {
 
 impl Input {
     /// The FIFO, and the stream to the agent that gets what comes.
-    pub fn new(fifo: Fifo, stream: UnixStream) -> Self {
-        Self { fifo, reader: None, stream }
+    pub fn new(fifo: Fifo, stream: UnixStream, terminal: bool) -> Self {
+        Self { fifo, reader: None, stream, terminal }
     }
 
     /// Lets writers open the FIFO and fill it.
@@ -108,15 +111,16 @@ impl Input {
     /// # Errors
     /// The FIFO's or the stream's.
     pub async fn copy(self, mut closing: watch::Receiver<bool>, limit: Duration) -> io::Result<()> {
-        let Self { fifo, reader, mut stream } = self;
-        let has_ended = reader.as_ref().is_some_and(has_hung_up);
+        let Self { fifo, reader, mut stream, terminal } = self;
+        let has_ended = !terminal && reader.as_ref().is_some_and(has_hung_up);
         let mut reader = match reader {
             Some(reader) => reader,
             None => fifo.reader()?,
         };
         let mut holder = None;
         if !has_ended {
-            if let Some(bytes) = first_writer(&reader, limit).await? {
+            let first = if terminal { Some(Vec::new()) } else { first_writer(&reader, limit).await? };
+            if let Some(bytes) = first {
                 // Held before anything is passed on, so that the writer's close alone does not end the input.
                 holder = Some(fifo.writer()?);
                 // Registered anew: of a FIFO that once had no writer the runtime remembers for ever that it is at its end.

@@ -180,7 +180,7 @@ impl Opened {
         ports.terminal = self.terminal;
         Ok(Connected {
             ports,
-            stdin: self.stdin.zip(to_stdin).map(|(fifo, (stream, _))| Input::new(fifo, stream)),
+            stdin: self.stdin.zip(to_stdin).map(|(fifo, (stream, _))| Input::new(fifo, stream, self.terminal)),
             outputs: [
                 stdout.zip(from_stdout.map(|(stream, _)| stream)),
                 stderr.zip(from_stderr.map(|(stream, _)| stream)),

@@ -40,7 +40,7 @@ async fn connected(stdio: &Stdio) -> (Connected, Vec<UnixStream>) {
     };
     let connected = Connected {
         ports: agent::Stdio::new(),
-        stdin: opened.stdin.map(|fifo| Input::new(fifo, pair())),
+        stdin: opened.stdin.map(|fifo| Input::new(fifo, pair(), stdio.terminal)),
         outputs: opened.outputs.map(|output| output.map(|sink| (sink, pair()))),
         loggers: opened.loggers,
         log: opened.log,
@@ -391,4 +391,48 @@ async fn what_cannot_be_opened_is_refused_by_name() {
     fs::write(&file, "").unwrap();
     let regular = Stdio { stdin: file.display().to_string(), ..Stdio::default() };
     assert!(open(&regular).await.is_err(), "input comes from a FIFO only");
+}
+
+#[tokio::test]
+async fn unread_output_is_waited_for_and_what_somebody_may_still_write_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdout: fifo(directory.path(), "out"), ..Stdio::default() };
+    let (connected, mut guest) = connected(&stdio).await;
+    let copies = connected.copy(None);
+    let mut reader = OpenOptions::new().open_receiver(&stdio.stdout).unwrap();
+    let mut out = guest.remove(0);
+    // More than the FIFO holds.
+    out.write_all(&[1; 100 << 10]).await.unwrap();
+    let read = tokio::spawn(copies.read(LIMIT, Duration::ZERO));
+    let mut byte = [0];
+    reader.read_exact(&mut byte).await.unwrap();
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!read.is_finished(), "the rest is unread");
+    let mut rest = vec![0; (100 << 10) - 1];
+    timeout(LIMIT, reader.read_exact(&mut rest)).await.expect("it arrives").unwrap();
+    timeout(LIMIT, read).await.expect("nothing more is on its way").unwrap();
+    // Nobody reads at all: not for ever, and not a second time.
+    out.write_all(&[1; 100 << 10]).await.unwrap();
+    timeout(LIMIT, copies.read(Duration::from_millis(100), LIMIT)).await.expect("it is given up");
+    assert!(!timeout(LIMIT, copies.drained(Duration::MAX)).await.expect("it is given up"));
+}
+
+#[tokio::test]
+async fn a_terminals_input_waits_for_its_client() {
+    let directory = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdin: fifo(directory.path(), "in"), terminal: true, ..Stdio::default() };
+    let (connected, mut guest) = connected(&stdio).await;
+    let copies = connected.copy(None);
+    copies.open_input();
+    copies.start_input_within(Duration::ZERO);
+    for word in [b"one", b"two"] {
+        let path = stdio.stdin.clone();
+        let opened = tokio::task::spawn_blocking(move || File::options().write(true).open(path).unwrap());
+        std::io::Write::write_all(&mut opened.await.unwrap(), word).unwrap();
+        let mut buffer = [0; 3];
+        timeout(LIMIT, guest[0].read_exact(&mut buffer)).await.expect("it arrives").unwrap();
+        assert_eq!(&buffer, word);
+    }
 }

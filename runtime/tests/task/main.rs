@@ -274,6 +274,7 @@ async fn unread_output_does_not_hold_up_delete() {
     bench.create(&request).await.unwrap();
     bench.start("one", "").await.unwrap();
     bench.kill("one", "", 9).await.unwrap();
+    assert_eq!(bench.wait("one", "").await.unwrap().exit_status, 137);
     assert_eq!(bench.delete("one", "").await.unwrap().exit_status, 137);
 }
 

@@ -174,9 +174,14 @@ pub struct Running {
 impl Running {
     /// Starts `command` with pipes.
     pub fn start(command: &mut Command) -> Self {
+        Self::start_with(command, Stdio::piped())
+    }
+
+    /// Starts `command` with pipes for its output and this input.
+    pub fn start_with(command: &mut Command, input: Stdio) -> Self {
         let call = format!("{command:?}").replace('"', "");
         let mut child = command
-            .stdin(Stdio::piped())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -39,3 +39,7 @@ pub const CREATE: u32 = 35;
 pub const RENAME2: u32 = 45;
 pub const LSEEK: u32 = 46;
 pub const COPY_FILE_RANGE: u32 = 47;
+pub const SETLK: u32 = 32;
+pub const SYNCFS: u32 = 50;
+pub const TMPFILE: u32 = 51;
+pub const STATX: u32 = 52;

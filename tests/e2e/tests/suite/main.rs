@@ -15,3 +15,4 @@ mod resources;
 mod spec;
 mod streams;
 mod verbs;
+mod volumes;

@@ -1,5 +1,13 @@
 //! What goes in and comes out of a container: bytes, lines, exit codes, terminals.
 
+use std::{
+    fs::File,
+    io::{Read, Seek, Write},
+    process::Stdio,
+    thread,
+    time::Duration,
+};
+
 use caisson_e2e::{
     Finished, Host, Setup,
     host::Image,
@@ -15,7 +23,11 @@ caisson_e2e::for_each_runtime!(
     much_through_stdin,
     lines_on_both_streams in Setup::default().image(Image::Probe),
     terminal_and_its_size,
+    short_inputs_of_execs,
+    a_reader_that_pauses,
 );
+// containerd 1.6's own shim waits for ever in these cases, if the input is read to its end before Create or Exec is answered.
+caisson_e2e::caisson_only!(short_inputs, no_input);
 
 fn exit_codes_and_bytes(host: &Host) {
     for code in [0, 1, 42] {
@@ -71,7 +83,7 @@ fn much_through_stdin(host: &Host) {
     let mut stdin = running.stdin.take().expect("it is a pipe");
     let writer = {
         let sent = sent.clone();
-        std::thread::spawn(move || std::io::Write::write_all(&mut stdin, &sent))
+        thread::spawn(move || stdin.write_all(&sent))
     };
     let finished = Finished::of(running, long());
     writer.join().expect("the writer does not panic").expect("the container takes all of its input");
@@ -114,4 +126,67 @@ fn terminal_and_its_size(host: &Host) {
     shows(&terminal, "resized");
     terminal.type_in("exit 9\n");
     assert_eq!(terminal.running.wait(STEP).code(), Some(9));
+}
+
+/// An input that is there as a whole, and over, from the beginning.
+fn over(bytes: &[u8]) -> Stdio {
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    file.write_all(bytes).and_then(|()| file.rewind()).expect("it is written");
+    file.into()
+}
+
+/// Nothing, a byte, what a FIFO holds, and much more.
+const SIZES: [usize; 4] = [0, 1, 64 << 10, 3 << 20];
+
+fn same(finished: &Finished, sent: &[u8]) {
+    assert_eq!(finished.code, Some(0), "{} bytes in: {finished:?}", sent.len());
+    assert!(finished.stdout == sent, "{} bytes in, {} bytes out", sent.len(), finished.stdout.len());
+}
+
+fn short_inputs_of_execs(host: &Host) {
+    let pod = host.container("fed").start_idle();
+    for size in SIZES.into_iter().skip(1) {
+        let sent = noise(size);
+        let running = Running::start_with(&mut pod.exec_command(&format!("in-{size}"), &[], &["cat"]), over(&sent));
+        same(&Finished::of(running, STEP), &sent);
+    }
+    // Closed later, after a part was seen to arrive.
+    let mut running = pod.exec_start("later", &["cat"]);
+    running.write(b"a\n");
+    running.stdout.wait_for("what was written", STEP, |text| text.contains("a\n").then_some(()));
+    running.write(b"b\n");
+    running.close_stdin();
+    same(&Finished::of(running, STEP), b"a\nb\n");
+    pod.end();
+}
+
+fn short_inputs(host: &Host) {
+    for size in SIZES {
+        let sent = noise(size);
+        let mut command = host.container(&format!("run-{size}")).command(&["cat"]);
+        same(&Finished::of(Running::start_with(&mut command, over(&sent)), long()), &sent);
+    }
+}
+
+fn no_input(host: &Host) {
+    let null = || Stdio::from(File::open("/dev/null").expect("it is there"));
+    same(&Finished::of(Running::start_with(&mut host.container("null").command(&["cat"]), null()), long()), b"");
+    let pod = host.container("fed").start_idle();
+    let running = Running::start_with(&mut pod.exec_command("null", &[], &["cat"]), null());
+    same(&Finished::of(running, STEP), b"");
+    pod.end();
+}
+
+fn a_reader_that_pauses(host: &Host) {
+    let mut command = host.container("paused").command(&["seq", "1", "60000"]);
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("ctr starts");
+    let mut stdout = child.stdout.take().expect("it is a pipe");
+    let mut text = vec![0; 10];
+    stdout.read_exact(&mut text).expect("the first lines come");
+    // The program is done long before; what it has written waits for its reader.
+    thread::sleep(Duration::from_secs(4));
+    stdout.read_to_end(&mut text).expect("the rest comes");
+    assert!(child.wait().expect("ctr ends").success());
+    let expected: String = (1..=60000).map(|number| format!("{number}\n")).collect();
+    assert!(text == expected.as_bytes(), "{} bytes of {}", text.len(), expected.len());
 }
