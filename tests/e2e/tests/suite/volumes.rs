@@ -9,7 +9,7 @@ use caisson_e2e::{Host, Setup, host::Image, pod::Container, wait::STEP};
 use rustix::fs::{FlockOperation, flock};
 
 caisson_e2e::for_each_runtime!(
-    locks_meet,
+    locks_meet in Setup::default().image(Image::Debian),
     locks_of_processes in Setup::default().image(Image::Debian),
     a_full_disk_is_seen_at_write in Setup::default().disk(96),
 );
@@ -25,6 +25,11 @@ fn with_volume<'a>(host: &'a Host, name: &str, directory: &Path) -> Container<'a
     host.container(name).flag(format!("--mount=type=bind,src={},dst=/v,options=rbind:rw", directory.display()))
 }
 
+/// Takes flock(2)'s lock of the file, waiting or not, and then does what it is told.
+const TAKE: &str = r#"open(F, "<", "/v/file") or die; flock(F, 2 | 4) and exit 0; exit 1"#;
+const WAIT: &str = r#"$| = 1; print "waits\n"; open(F, "<", "/v/file") or die; flock(F, 2) or die; print "has it\n""#;
+const HOLD: &str = r#"$| = 1; open(F, "<", "/v/file") or die; flock(F, 2) or die; print "held\n"; sleep 100000"#;
+
 fn locks_meet(host: &Host) {
     let directory = volume(host);
     let file = File::open(directory.join("file")).expect("it is there");
@@ -32,9 +37,9 @@ fn locks_meet(host: &Host) {
     let second = with_volume(host, "second", &directory).start_idle();
 
     flock(&file, FlockOperation::LockExclusive).expect("nobody else has it");
-    assert_eq!(first.exec("refused", &["flock", "-n", "/v/file", "true"]).code, Some(1), "the host has it");
+    assert_eq!(first.exec("refused", &["perl", "-e", TAKE]).code, Some(1), "the host has it");
     // Who waits is killed like anybody else, or gets it when the host gives it back.
-    let waits = ["sh", "-c", "echo waits; exec flock /v/file echo has it"];
+    let waits = ["perl", "-e", WAIT];
     let (killed, patient) = (first.exec_start("killed", &waits), second.exec_start("patient", &waits));
     for waiting in [&killed, &patient] {
         waiting.stdout.wait_for("its first line", STEP, |text| text.contains("waits\n").then_some(()));
@@ -45,13 +50,14 @@ fn locks_meet(host: &Host) {
     assert_eq!(caisson_e2e::Finished::of(patient, STEP).succeeded(), "waits\nhas it\n");
 
     // One pod has it: neither the host nor the other pod gets it, until its holder is killed.
-    let holder = first.exec_start("holder", &["flock", "/v/file", "sh", "-c", "echo held; exec sleep 100000"]);
+    let holder = first.exec_start("holder", &["perl", "-e", HOLD]);
     holder.stdout.wait_for("its first line", STEP, |text| text.contains("held\n").then_some(()));
     assert!(flock(&file, FlockOperation::NonBlockingLockShared).is_err(), "a pod has it");
-    assert_eq!(second.exec("other", &["flock", "-n", "/v/file", "true"]).code, Some(1), "another pod has it");
-    // The lock is on a descriptor that flock's child has, too: all of them end with the pod.
+    assert_eq!(second.exec("other", &["perl", "-e", TAKE]).code, Some(1), "another pod has it");
+    first.kill_exec("holder", "SIGKILL");
+    assert_eq!(caisson_e2e::Finished::of(holder, STEP).code, Some(137));
     first.end();
-    second.exec("freed", &["flock", "/v/file", "true"]).succeeded();
+    second.exec("freed", &["perl", "-e", TAKE]).succeeded();
     flock(&file, FlockOperation::NonBlockingLockExclusive).expect("nobody has it");
     second.end();
 }
@@ -65,7 +71,7 @@ open(my $a, "+>", "/v/a") or die; open(my $b, "+>", "/v/b") or die;
 pipe(my $r, my $w); my $child = fork;
 if (!$child) { lock_it($b, F_SETLKW, 0, 0); syswrite($w, "x"); exit lock_it($a, F_SETLKW, 0, 0) }
 lock_it($a, F_SETLKW, 0, 0); sysread($r, my $x, 1);
-my $mine = lock_it($b, F_SETLKW, 0, 0); fcntl($a, F_SETLK, pack("s s x4 q q l x4", F_UNLCK, 0, 0, 0, 0));
+my $mine = lock_it($b, F_SETLKW, 0, 0); my $free = pack("s s x4 q q l x4", F_UNLCK, 0, 0, 0, 0); fcntl($a, F_SETLK, $free);
 waitpid($child, 0); print "deadlocks ", $mine + ($? >> 8), "\n";
 "#;
 
@@ -81,9 +87,9 @@ fn locks_of_processes(host: &Host) {
 }
 
 fn a_full_disk_is_seen_at_write(host: &Host) {
-    let script = "dd if=/dev/zero of=/fill bs=1M 2> /dev/null; rm -f /dev/shm/x; seq 1 100000 > /h; echo code $?; \
+    let script = "dd if=/dev/zero of=/fill bs=1M 2> /dev/null; seq 1 100000 > /h || echo refused; \
         rm /fill; seq 1 100000 > /h && wc -l < /h";
     let finished = host.container("full").sh(script);
-    assert_eq!(finished.succeeded(), "code 1\n100000\n");
+    assert_eq!(finished.succeeded(), "refused\n100000\n");
     assert!(finished.err().contains("No space left on device"), "{}", finished.err());
 }
