@@ -7,8 +7,8 @@
 //! ```
 //!
 //! The guest on the other side is hostile. It may ask for anything on any file of the shared directory, as that is what it is
-//! for; it must not reach anything else, nor stop this process, nor use more than its share of the host: node and
-//! descriptor counts are bounded, requests are bounded, and the process belongs to the pod's cgroup.
+//! for; it must not reach anything else, nor stop this process: node and descriptor counts are bounded (by `--max-files`, or by what
+//! the process may open), requests are bounded, and the process belongs to the pod's cgroup.
 
 pub mod attributes;
 pub mod directory;

@@ -78,7 +78,7 @@ impl Pod {
         for copies in self.tasks().take_copies() {
             let log = self.log.clone();
             ending.spawn(async move {
-                let _ = timeout(END_LIMIT, copies.drained(stall)).await;
+                let _ = timeout(END_LIMIT, copies.drained(stall.into())).await;
                 copies.end(&log).await;
             });
         }
@@ -138,7 +138,7 @@ impl Pod {
             let ended = machine.agent.wait(limited(), &request);
             let _ = self.agent_call_within("Wait", self.limits.kill, ended).await;
         }
-        let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(self.limits.drain));
+        let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(self.patience(name)));
         if let Some(drained) = drained
             && !unstarted
             && !drained.await

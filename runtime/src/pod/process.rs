@@ -18,7 +18,7 @@ use crate::{
     flags::is_identifier,
     lifecycle::{Exit, KILLED, Refusal},
     machine::Machine,
-    stdio::{Opened, Place, Stdio, logger::Owner},
+    stdio::{Opened, Patience, Place, Stdio, logger::Owner},
     tasks::Name,
     timeline::Stage,
 };
@@ -37,6 +37,13 @@ fn exit_of(response: &WaitResponse) -> Exit {
 }
 
 impl Pod {
+    /// How long the output of a process that has ended is waited for. Nothing of a container outlives its init process, but an exec
+    /// may leave others running that go on writing.
+    pub(super) fn patience(&self, name: &Name) -> Patience {
+        let total = if name.exec.is_empty() { Duration::MAX } else { self.limits.drain };
+        Patience { total, ..self.limits.drain.into() }
+    }
+
     /// Waits in the guest for a process's end.
     pub(super) async fn watch_process(self: Arc<Self>, name: Name, machine: Arc<Machine>) {
         match machine.agent.wait(Context::default(), &process_request(&name)).await {
@@ -50,15 +57,13 @@ impl Pod {
                     }
                     self.timeline.log(&self.log);
                 }
-                // Clients stop reading when they are told of the end. What an exec has left running may keep its output.
-                let quiet = if name.exec.is_empty() { LAST_OUTPUT } else { LAST_OUTPUT_OF_EXEC };
-                let read = self
-                    .tasks()
-                    .entry(&name)
-                    .ok()
-                    .and_then(|entry| Some(entry.copies.as_ref()?.read(self.limits.drain, quiet)));
-                if let Some(read) = read {
-                    read.await;
+                // Clients stop reading when the exit is reported.
+                let writer = if name.exec.is_empty() { LAST_OUTPUT } else { LAST_OUTPUT_OF_EXEC };
+                let patience = Patience { writer, ..self.patience(&name) };
+                let drained =
+                    self.tasks().entry(&name).ok().and_then(|entry| Some(entry.copies.as_ref()?.drained(patience)));
+                if let Some(drained) = drained {
+                    drained.await;
                 }
                 self.tasks().exited(&name, exit);
             }

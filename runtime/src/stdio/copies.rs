@@ -73,6 +73,24 @@ impl Connected {
     }
 }
 
+/// How long output that has not reached its reader is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For a reader that has not gone on reading what is there.
+    pub reader: Duration,
+    /// For more to come, or the end: somebody in the guest may still have the stream.
+    pub writer: Duration,
+    /// In all, also while output moves: what a process has left running may write for ever.
+    pub total: Duration,
+}
+
+/// As long as it moves, and so long beyond.
+impl From<Duration> for Patience {
+    fn from(stall: Duration) -> Self {
+        Self { reader: stall, writer: stall, total: Duration::MAX }
+    }
+}
+
 /// How far the output of one stream has come on its way to its reader.
 #[derive(Clone, Debug)]
 struct Progress {
@@ -93,14 +111,10 @@ impl Progress {
         (Self { written: Arc::default(), pipe: weak }, pipe)
     }
 
-    /// A number that changes whenever something was written or read.
-    fn taken(&self) -> u64 {
-        self.written.load(Ordering::Relaxed).wrapping_sub(self.unread())
-    }
-
-    /// Bytes that wait in the pipe for their reader.
-    fn unread(&self) -> u64 {
-        self.pipe.upgrade().and_then(|pipe| rustix::io::ioctl_fionread(pipe).ok()).unwrap_or(0)
+    /// The bytes that have left for their reader, and whether others wait in the pipe for it.
+    fn look(&self) -> (u64, bool) {
+        let unread = self.pipe.upgrade().and_then(|pipe| rustix::io::ioctl_fionread(pipe).ok()).unwrap_or(0);
+        (self.written.load(Ordering::Relaxed).wrapping_sub(unread), unread > 0)
     }
 }
 
@@ -141,7 +155,7 @@ pub struct Copies {
     input: Mutex<Option<Input>>,
     done: watch::Receiver<bool>,
     progresses: Vec<Progress>,
-    /// A reader has left output unread for too long.
+    /// Output was waited for too long.
     given_up: Arc<AtomicBool>,
     outputs: AbortHandle,
     stdin: Mutex<Option<AbortHandle>>,
@@ -187,46 +201,29 @@ impl Copies {
         self.close.send_replace(true);
     }
 
-    /// Waits until all output is in its FIFOs: as long as it moves on, and `stall` beyond. Something that holds the output in
-    /// the guest, or a client that does not read, must not hold up a Delete. False if it was given up.
-    pub fn drained(&self, stall: Duration) -> impl Future<Output = bool> + use<> {
-        let (mut done, progresses) = (self.done.clone(), self.progresses.clone());
-        let stall = if self.given_up.load(Ordering::Relaxed) { Duration::ZERO } else { stall };
-        let taken = move || progresses.iter().map(Progress::taken).collect::<Vec<_>>();
+    /// Waits until all output is with its readers, for as long as `patience` says. Something that holds the output in
+    /// the guest, or a client that does not read, must not hold up an exit or a Delete. False if it was given up, which is
+    /// not waited for a second time.
+    pub fn drained(&self, patience: Patience) -> impl Future<Output = bool> + use<> {
+        let (mut done, progresses, given_up) = (self.done.clone(), self.progresses.clone(), Arc::clone(&self.given_up));
+        let patience = if given_up.load(Ordering::Relaxed) { Duration::ZERO.into() } else { patience };
         async move {
-            let mut before = taken();
-            loop {
-                if timeout(stall, done.wait_for(|done| *done)).await.is_ok() {
-                    return true;
-                }
-                let now = taken();
-                if now == before {
-                    return false;
-                }
-                before = now;
-            }
-        }
-    }
-
-    /// Waits until what has come of the output of a process that has ended is with its readers: as long as it moves on, `stall`
-    /// beyond for a reader that has not taken what is there, and `quiet` for more to come, since others may still have the stream.
-    pub fn read(&self, stall: Duration, quiet: Duration) -> impl Future<Output = ()> + use<> {
-        let (mut done, progresses) = (self.done.clone(), self.progresses.clone());
-        let given_up = Arc::clone(&self.given_up);
-        let taken =
-            move || progresses.iter().map(|progress| (progress.taken(), progress.unread() > 0)).collect::<Vec<_>>();
-        async move {
-            let (mut before, mut since) = (taken(), Instant::now());
+            let look = || progresses.iter().map(Progress::look).collect::<Vec<_>>();
+            let (begun, mut before, mut since) = (Instant::now(), look(), Instant::now());
             while timeout(LOOK, done.wait_for(|done| *done)).await.is_err() {
-                let now = taken();
-                let is_unread = now.iter().any(|(_, unread)| *unread);
+                let now = look();
+                let is_unread = now.iter().any(|(_, is_unread)| *is_unread);
                 if now != before {
                     (before, since) = (now, Instant::now());
-                } else if since.elapsed() >= if is_unread { stall } else { quiet } {
-                    given_up.store(is_unread, Ordering::Relaxed);
-                    return;
+                }
+                let limit = if is_unread { patience.reader } else { patience.writer };
+                if since.elapsed() >= limit || begun.elapsed() >= patience.total {
+                    let is_late = is_unread || begun.elapsed() >= patience.total;
+                    given_up.fetch_or(is_late, Ordering::Relaxed);
+                    return false;
                 }
             }
+            true
         }
     }
 

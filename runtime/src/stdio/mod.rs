@@ -30,7 +30,7 @@ use tokio::net::{
     unix::pipe::{OpenOptions, Sender},
 };
 
-pub use self::copies::{Copies, FirstOutput};
+pub use self::copies::{Copies, FirstOutput, Patience};
 use self::{
     input::{Fifo, Input},
     logger::{Logger, LoggerError, Owner},

@@ -61,6 +61,14 @@ async fn writer(path: &str) -> Sender {
     timeout(LIMIT, opened).await.expect("somebody opens the FIFO for reading")
 }
 
+/// A process with nothing but its input: the directory of its FIFO, the FIFO, its copies and the guest's end.
+async fn with_input() -> (tempfile::TempDir, String, Copies, UnixStream) {
+    let directory = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
+    let (connected, mut guest) = connected(&stdio).await;
+    (directory, stdio.stdin, connected.copy(None), guest.remove(0))
+}
+
 async fn all(mut guest: UnixStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     timeout(LIMIT, guest.read_to_end(&mut bytes)).await.expect("the input ends").unwrap();
@@ -89,13 +97,10 @@ async fn every_length_of_input_arrives_and_ends_whenever_close_io_comes() {
     for length in [0, 1, 64 * 1024, 3 << 20] {
         for close in [Close::BeforeStart, Close::AtOnce, Close::AfterTheWriter] {
             for is_init in [true, false] {
-                let directory = tempfile::tempdir().unwrap();
-                let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
-                let (connected, mut guest) = connected(&stdio).await;
+                let (_directory, fifo, copies, guest) = with_input().await;
                 let sent = numbers(1 << 20);
                 let sent = &sent[..length];
-                let client = client(&stdio.stdin, sent);
-                let copies = connected.copy(None);
+                let client = client(&fifo, sent);
                 if is_init {
                     copies.open_input();
                 }
@@ -106,7 +111,7 @@ async fn every_length_of_input_arrives_and_ends_whenever_close_io_comes() {
                 if close == Close::AtOnce {
                     copies.close_stdin();
                 }
-                let got = tokio::spawn(all(guest.remove(0)));
+                let got = tokio::spawn(all(guest));
                 tokio::task::spawn_blocking(move || client.join().unwrap()).await.unwrap();
                 if close == Close::AfterTheWriter {
                     copies.close_stdin();
@@ -120,15 +125,12 @@ async fn every_length_of_input_arrives_and_ends_whenever_close_io_comes() {
 #[tokio::test]
 async fn input_that_ended_before_start_needs_no_close_io() {
     for length in [0, 1, 60 * 1024] {
-        let directory = tempfile::tempdir().unwrap();
-        let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
-        let (connected, mut guest) = connected(&stdio).await;
-        let client = client(&stdio.stdin, &vec![7; length]);
-        let copies = connected.copy(None);
+        let (_directory, fifo, copies, guest) = with_input().await;
+        let client = client(&fifo, &vec![7; length]);
         copies.open_input();
         client.join().unwrap();
         copies.start_input_within(LIMIT);
-        assert_eq!(all(guest.remove(0)).await.len(), length);
+        assert_eq!(all(guest).await.len(), length);
     }
 }
 
@@ -136,28 +138,21 @@ async fn input_that_ended_before_start_needs_no_close_io() {
 #[tokio::test]
 async fn input_that_nobody_opens_ends() {
     for is_init in [true, false] {
-        let directory = tempfile::tempdir().unwrap();
-        let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
-        let (connected, mut guest) = connected(&stdio).await;
-        let copies = connected.copy(None);
+        let (_directory, _fifo, copies, guest) = with_input().await;
         if is_init {
             copies.open_input();
         }
         copies.start_input_within(Duration::from_millis(1));
-        assert_eq!(all(guest.remove(0)).await, b"");
+        assert_eq!(all(guest).await, b"");
     }
 }
 
 #[tokio::test]
 async fn an_open_but_silent_writer_keeps_the_input_open() {
-    let directory = tempfile::tempdir().unwrap();
-    let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
-    let (connected, mut guest) = connected(&stdio).await;
-    let copies = connected.copy(None);
+    let (_directory, fifo, copies, mut guest) = with_input().await;
     copies.open_input();
-    let mut client = writer(&stdio.stdin).await;
+    let mut client = writer(&fifo).await;
     copies.start_input_within(Duration::from_millis(1));
-    let mut guest = guest.remove(0);
     assert!(
         timeout(Duration::from_millis(50), guest.read(&mut [0; 1])).await.is_err(),
         "nothing came and nothing ended"
@@ -170,18 +165,15 @@ async fn an_open_but_silent_writer_keeps_the_input_open() {
 
 #[tokio::test]
 async fn a_name_that_the_client_removed_is_still_its_fifo() {
-    let directory = tempfile::tempdir().unwrap();
-    let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
-    let (connected, mut guest) = connected(&stdio).await;
-    let copies = connected.copy(None);
+    let (_directory, fifo, copies, guest) = with_input().await;
     copies.open_input();
-    let mut client = writer(&stdio.stdin).await;
-    fs::remove_file(&stdio.stdin).unwrap();
+    let mut client = writer(&fifo).await;
+    fs::remove_file(&fifo).unwrap();
     copies.start_input();
     client.write_all(b"hello").await.unwrap();
     drop(client);
     copies.close_stdin();
-    assert_eq!(all(guest.remove(0)).await, b"hello");
+    assert_eq!(all(guest).await, b"hello");
 }
 
 /// The limit counts from the last byte that the reader took.
@@ -195,12 +187,12 @@ async fn output_is_waited_for_as_long_as_its_reader_goes_on() {
     let sent = vec![5; 1 << 20];
     let mut out = guest.remove(0);
     let writer = tokio::spawn(async move { out.write_all(&sent).await });
-    let stall = Duration::from_millis(300);
-    let drained = tokio::spawn(copies.drained(stall));
+    let stall = Duration::from_secs(2);
+    let drained = tokio::spawn(copies.drained(stall.into()));
     // One byte at a time, far slower than the limit in all: less than a page at a time makes no room for the writer.
     for _ in 0..15 {
         reader.read_exact(&mut [0; 1]).await.unwrap();
-        tokio::time::sleep(stall / 5).await;
+        tokio::time::sleep(stall / 10).await;
     }
     assert!(!drained.is_finished(), "the reader goes on");
     let mut rest = vec![0; (1 << 20) - 15];
@@ -216,19 +208,15 @@ fn numbers(count: u32) -> Vec<u8> {
 
 #[tokio::test]
 async fn input_ends_only_after_close_io_and_the_clients_own_close() {
-    let directory = tempfile::tempdir().unwrap();
-    let stdio = Stdio { stdin: fifo(directory.path(), "in"), ..Stdio::default() };
-    let (connected, mut guest) = connected(&stdio).await;
-    let mut guest = guest.remove(0);
-    let copies = connected.copy(None);
+    let (_directory, fifo, copies, mut guest) = with_input().await;
     copies.start_input();
-    let mut client = writer(&stdio.stdin).await;
+    let mut client = writer(&fifo).await;
     client.write_all(b"one").await.unwrap();
     drop(client);
     let mut buffer = [0; 16];
     assert_eq!(guest.read(&mut buffer).await.unwrap(), 3);
     // A second client may come, because nobody has said that the input is over.
-    let mut client = OpenOptions::new().open_sender(&stdio.stdin).unwrap();
+    let mut client = OpenOptions::new().open_sender(&fifo).unwrap();
     copies.close_stdin();
     client.write_all(b"two").await.unwrap();
     drop(client);
@@ -256,7 +244,7 @@ async fn output_arrives_whole_and_the_fifo_closes_after_it() {
     let mut guest = guest.remove(0);
     timeout(LIMIT, guest.write_all(&sent)).await.expect("the reader reads").unwrap();
     drop(guest);
-    assert!(copies.drained(LIMIT).await);
+    assert!(copies.drained(LIMIT.into()).await);
     assert_eq!(reader.join().unwrap(), sent);
     assert_eq!(*seen.lock().unwrap(), 1);
 }
@@ -279,7 +267,7 @@ async fn a_reader_that_stalls_stops_its_own_writer_only_and_then_gets_everything
         timeout(LIMIT, reader.read_exact(&mut bytes)).await.expect("stderr arrives").unwrap();
     }
     assert!(!stalled.is_finished());
-    assert!(!copies.drained(Duration::from_millis(10)).await, "the stalled stream is not drained");
+    assert!(!copies.drained(Duration::from_millis(10).into()).await, "the stalled stream is not drained");
     let mut late = OpenOptions::new().open_receiver(&stdio.stdout).unwrap();
     let mut got = vec![0; expected.len()];
     timeout(LIMIT, late.read_exact(&mut got)).await.expect("stdout arrives").unwrap();
@@ -322,7 +310,7 @@ async fn output_is_appended_to_a_file() {
         out.write_all(b"out\n").await.unwrap();
         guest.remove(0).write_all(b"err\n").await.unwrap();
         drop(out);
-        assert!(copies.drained(LIMIT).await);
+        assert!(copies.drained(LIMIT.into()).await);
     }
     let text = fs::read_to_string(&path).unwrap();
     let mut lines: Vec<_> = text.lines().collect();
@@ -335,7 +323,7 @@ async fn output_is_appended_to_a_file() {
     let (connected, mut guest) = connected(&stdio).await;
     let copies = connected.copy(None);
     guest.remove(0).write_all(b"more\n").await.unwrap();
-    assert!(copies.drained(LIMIT).await);
+    assert!(copies.drained(LIMIT.into()).await);
     assert_eq!(fs::read_to_string(&path).unwrap().lines().last(), Some("more"));
 }
 
@@ -366,7 +354,7 @@ async fn one_logger_gets_both_streams_and_is_ended_with_them() {
         guest[0].write_all(b"out").await.unwrap();
         guest[1].write_all(b"err").await.unwrap();
         guest.clear();
-        assert!(copies.drained(LIMIT).await);
+        assert!(copies.drained(LIMIT.into()).await);
         let log = caisson_log::logger("shim", io::sink(), slog::Level::Debug);
         timeout(LIMIT, copies.end(&log)).await.expect("the logger ends");
     }
@@ -403,7 +391,8 @@ async fn unread_output_is_waited_for_and_what_somebody_may_still_write_is_not() 
     let mut out = guest.remove(0);
     // More than the FIFO holds.
     out.write_all(&[1; 100 << 10]).await.unwrap();
-    let read = tokio::spawn(copies.read(LIMIT, Duration::ZERO));
+    let patience = Patience { writer: Duration::ZERO, ..LIMIT.into() };
+    let read = tokio::spawn(copies.drained(patience));
     let mut byte = [0];
     reader.read_exact(&mut byte).await.unwrap();
     for _ in 0..1000 {
@@ -415,8 +404,9 @@ async fn unread_output_is_waited_for_and_what_somebody_may_still_write_is_not() 
     timeout(LIMIT, read).await.expect("nothing more is on its way").unwrap();
     // Nobody reads at all: not for ever, and not a second time.
     out.write_all(&[1; 100 << 10]).await.unwrap();
-    timeout(LIMIT, copies.read(Duration::from_millis(100), LIMIT)).await.expect("it is given up");
-    assert!(!timeout(LIMIT, copies.drained(Duration::MAX)).await.expect("it is given up"));
+    let patience = Patience { reader: Duration::from_millis(100), ..LIMIT.into() };
+    assert!(!timeout(LIMIT, copies.drained(patience)).await.expect("it is given up"));
+    assert!(!timeout(LIMIT, copies.drained(Duration::MAX.into())).await.expect("it is given up"));
 }
 
 #[tokio::test]
@@ -435,4 +425,22 @@ async fn a_terminals_input_waits_for_its_client() {
         timeout(LIMIT, guest[0].read_exact(&mut buffer)).await.expect("it arrives").unwrap();
         assert_eq!(&buffer, word);
     }
+}
+
+/// An exec's program has ended, and what it has left running goes on writing to a reader that goes on reading.
+#[tokio::test]
+async fn output_that_never_ends_is_given_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let stdio = Stdio { stdout: fifo(directory.path(), "out"), ..Stdio::default() };
+    let (connected, mut guest) = connected(&stdio).await;
+    let copies = connected.copy(None);
+    let mut reader = OpenOptions::new().open_receiver(&stdio.stdout).unwrap();
+    let mut out = guest.remove(0);
+    let writer = tokio::spawn(async move { while out.write_all(&[1; 100]).await.is_ok() {} });
+    let reader = tokio::spawn(async move { while reader.read_exact(&mut [0; 100]).await.is_ok() {} });
+    let patience = Patience { total: Duration::from_millis(200), ..LIMIT.into() };
+    assert!(!timeout(LIMIT, copies.drained(patience)).await.expect("it is given up"));
+    assert!(!timeout(LIMIT, copies.drained(LIMIT.into())).await.expect("it is not waited for again"));
+    writer.abort();
+    reader.abort();
 }
