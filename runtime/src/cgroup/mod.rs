@@ -28,7 +28,7 @@ use nix::{
     sys::statfs::{CGROUP2_SUPER_MAGIC, statfs},
 };
 
-use crate::paths::allow_missing;
+use crate::host::paths::allow_missing;
 use limits::Setting;
 
 /// Where the hierarchy is mounted.

@@ -11,7 +11,10 @@ use protobuf::{Message, MessageFull, well_known_types::any::Any};
 use ttrpc::{Code, context::with_duration};
 
 use super::{Pod, container_request, limited, lock};
-use crate::{errors::TaskError, metrics, tasks::Name, update};
+use crate::{
+    pod::{metrics, tasks::Name, update},
+    shim::errors::TaskError,
+};
 
 /// How long a container whose Pause was not answered may take to go on.
 const UNDO_LIMIT: Duration = Duration::from_secs(10);

@@ -13,18 +13,23 @@ use slog::{info, warn};
 
 use super::{Pod, limited, lock};
 use crate::{
-    allotment::Allotment,
-    binds::{self, Source},
-    errors::{Silence, TaskError},
-    flags::is_identifier,
-    lifecycle::{Exit, KILLED},
-    mount::Mount,
-    options,
-    share::{Binds, Rootfs, Share},
+    pod::{
+        lifecycle::{Exit, KILLED},
+        tasks::Name,
+    },
+    rootfs::{
+        binds::{self, Source},
+        mount::Mount,
+        share::{Binds, Rootfs, Share},
+    },
+    shim::{
+        errors::{Silence, TaskError},
+        flags::is_identifier,
+        options,
+    },
     spec::BundleSpec,
     stdio::{FirstOutput, Stdio},
-    tasks::Name,
-    timeline::Stage,
+    vm::{allotment::Allotment, timeline::Stage},
 };
 
 /// Where the guest finds the source of the mount at position `mount`: in the place of the first mount with the same source.

@@ -12,10 +12,14 @@ use tokio::{task::JoinSet, time::timeout};
 
 use super::{Pod, limited, process_request};
 use crate::{
-    errors::{Silence, TaskError},
-    events::timestamp,
-    lifecycle::{Exit, KILLED},
-    tasks::Name,
+    pod::{
+        lifecycle::{Exit, KILLED},
+        tasks::Name,
+    },
+    shim::{
+        errors::{Silence, TaskError},
+        events::timestamp,
+    },
 };
 
 /// How long the end of a pod that was not asked for by its client waits for output in all.

@@ -8,10 +8,10 @@ use slog::warn;
 
 use super::Pod;
 use crate::{
-    errors::TaskError,
-    hooks::{Pending, State, owe, run, settle},
+    host::hooks::{Pending, State, owe, run, settle},
+    pod::tasks::Name,
+    shim::errors::TaskError,
     spec::{BundleSpec, hooks::Hook},
-    tasks::Name,
 };
 
 impl Pod {

@@ -1,13 +1,17 @@
 //! A pod: its machine, its containers, and what each task request does to them. Requests that change something run in
-//! tasks of their own ([`crate::service`]), so a client that hangs up never leaves one half done; what a failed request
+//! tasks of their own ([`crate::shim::service`]), so a client that hangs up never leaves one half done; what a failed request
 //! has made is dropped, and dropping undoes it.
 
 mod container;
 mod create;
 mod delete;
 mod hooks;
+pub mod lifecycle;
+pub mod metrics;
 mod oom;
 mod process;
+pub mod tasks;
+pub mod update;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
@@ -21,16 +25,18 @@ use tokio::{sync::watch, time::timeout};
 use ttrpc::context::Context;
 
 use crate::{
-    allotment::Allotment,
-    errors::{Silence, TaskError},
-    events::Publisher,
-    host_view::HostView,
-    lifecycle::{Exit, Status},
-    machine::MachineHandle,
-    share::Share,
+    host::namespaces::HostView,
+    pod::{
+        lifecycle::{Exit, Status},
+        tasks::{Name, Tasks},
+    },
+    rootfs::share::Share,
+    shim::{
+        errors::{Silence, TaskError},
+        events::Publisher,
+    },
     spec::BundleSpec,
-    tasks::{Name, Tasks},
-    timeline::Timeline,
+    vm::{allotment::Allotment, supervisor::MachineHandle, timeline::Timeline},
 };
 
 /// How long a pod waits for others.

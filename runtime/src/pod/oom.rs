@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 use ttrpc::context::Context;
 
 use super::Pod;
-use crate::{errors::TaskError, machine::Machine};
+use crate::{shim::errors::TaskError, vm::supervisor::Machine};
 
 /// Shortest time between two events of one container.
 const PAUSE: Duration = Duration::from_millis(100);

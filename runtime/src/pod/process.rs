@@ -14,13 +14,16 @@ use ttrpc::{Code, context::Context};
 
 use super::{LAST_WORDS, Pod, limited, process_request};
 use crate::{
-    errors::{Silence, TaskError},
-    flags::is_identifier,
-    lifecycle::{Exit, KILLED, Refusal},
-    machine::Machine,
+    pod::{
+        lifecycle::{Exit, KILLED, Refusal},
+        tasks::Name,
+    },
+    shim::{
+        errors::{Silence, TaskError},
+        flags::is_identifier,
+    },
     stdio::{Opened, Patience, Place, Stdio, logger::Owner},
-    tasks::Name,
-    timeline::Stage,
+    vm::{supervisor::Machine, timeline::Stage},
 };
 
 /// How long the last output of a process may take on its way through the machine.

@@ -1,5 +1,5 @@
 //! Bind mounts of host files and directories, as far as the words of the specification go. What a source is, is seen
-//! when it is opened ([`crate::binds`]).
+//! when it is opened ([`crate::rootfs::binds`]).
 
 use std::path::{Path, PathBuf};
 

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::target::Binary;
-use crate::host_view::HostView;
+use crate::host::namespaces::HostView;
 
 /// How long a logger may take to get ready.
 const READY_LIMIT: Duration = Duration::from_secs(10);

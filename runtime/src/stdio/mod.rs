@@ -37,8 +37,8 @@ use self::{
     target::{Target, TargetError},
 };
 use crate::{
-    dial::{DialError, Dialer},
-    host_view::HostView,
+    host::namespaces::HostView,
+    vm::dial::{DialError, Dialer},
 };
 
 /// Where a process's streams go, as containerd said it.

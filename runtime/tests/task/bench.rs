@@ -13,14 +13,18 @@ use std::{
 use async_trait::async_trait;
 use caisson_protos::guest::HOST_SHARE_DIRECTORY;
 use caisson_runtime::{
-    dial::Dialer,
-    events::{Destination, Publisher},
-    machine::{Machine, MachineHandle, MachineOwner, MachineState, machine},
-    paths::PodPaths,
+    host::paths::PodPaths,
     pod::{Limits, Pod, Provision, Provisions},
-    service,
-    share::{Share, enter_mount_namespace},
-    timeline::{Timeline, now_ns},
+    rootfs::share::{Share, enter_mount_namespace},
+    shim::{
+        events::{Destination, Publisher},
+        service,
+    },
+    vm::{
+        dial::Dialer,
+        supervisor::{Machine, MachineHandle, MachineOwner, MachineState, machine},
+        timeline::{Timeline, now_ns},
+    },
 };
 use containerd_shim_protos::{
     api::{

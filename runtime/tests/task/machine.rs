@@ -16,9 +16,9 @@ use caisson_protos::{
     guest::{READY_PORT, Ready},
     monitor::{Event, ExitNotice, ExitReason, GuestStream, Reply, encode},
 };
-use caisson_runtime::{
+use caisson_runtime::vm::{
     dial::Dialer,
-    machine::{Launched, MachineHandle, machine, supervise},
+    supervisor::{Launched, MachineHandle, machine, supervise},
     timeline::{Timeline, now_ns},
 };
 use caisson_vmm_client::{Child, packet};

@@ -33,9 +33,11 @@ use tokio::{
 use ttrpc::asynchronous::{Client, transport::Socket};
 
 use crate::{
-    dial::{DialError, Dialer},
-    errors::TaskError,
-    timeline::{Stage, Timeline, now_ns},
+    shim::errors::TaskError,
+    vm::{
+        dial::{DialError, Dialer},
+        timeline::{Stage, Timeline, now_ns},
+    },
 };
 
 /// A machine whose agent answers.

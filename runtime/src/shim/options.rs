@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use protobuf::{CodedInputStream, well_known_types::any::Any};
 
-use crate::errors::TaskError;
+use crate::shim::errors::TaskError;
 
 /// Field number of `config_path` in runtimeoptions.v1.Options.
 const CONFIG_PATH: u32 = 2;

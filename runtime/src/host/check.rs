@@ -1,5 +1,5 @@
 //! `caisson check`: is this host fit to run pods? Each check prints one line, and what to do if it failed. The last one boots a
-//! machine ([`crate::trial`]).
+//! machine ([`crate::host::trial`]).
 
 use std::{
     io::{self, Write},
@@ -10,9 +10,8 @@ use std::{
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use crate::{
-    config::Config,
-    host::{check_kvm, open_initramfs, open_kernel},
-    trial,
+    host::{config::Config, kvm::check_kvm, trial},
+    vm::images::{open_initramfs, open_kernel},
 };
 
 /// The oldest containerd whose shim interface is spoken here.
@@ -63,7 +62,7 @@ fn executable(path: &Path) -> Outcome {
         Err(error) => Err(format!(
             "{} cannot be run: {error}: install it (make install) or name it in {}",
             path.display(),
-            crate::config::DEFAULT_PATH
+            crate::host::config::DEFAULT_PATH
         )),
     }
 }

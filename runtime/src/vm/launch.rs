@@ -19,26 +19,34 @@ use nix::{
 };
 
 use crate::{
-    allotment::Allotment,
     cgroup::{self, CgroupError, limits::Overhead},
-    config::Config,
-    dial::Dialer,
-    host::{self, HostError},
-    machine::Launched,
-    paths::PodPaths,
-    processes::{self, Member},
+    host::{
+        config::Config,
+        kvm::{KvmError, check_kvm},
+        paths::PodPaths,
+        processes::{self, Member},
+    },
     resources::size::{HostSize, MachineSize},
-    share::{Share, ShareError},
+    rootfs::share::{Share, ShareError},
     spec::BundleSpec,
-    timeline::now_ns,
+    vm::{
+        allotment::Allotment,
+        dial::Dialer,
+        images::{ImageError, open_initramfs, open_kernel},
+        supervisor::Launched,
+        timeline::now_ns,
+    },
 };
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// The host is not fit, or a file is not there.
+    /// The host's KVM cannot be used.
     #[error(transparent)]
-    Host(#[from] HostError),
+    Kvm(#[from] KvmError),
+    /// The kernel or the initramfs cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// The shared directory.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -46,7 +54,7 @@ pub enum LaunchError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// A program of ours.
-    #[error("{0}: install it (make install) or name it in {config}", config = crate::config::DEFAULT_PATH)]
+    #[error("{0}: install it (make install) or name it in {config}", config = crate::host::config::DEFAULT_PATH)]
     Spawn(#[from] SpawnError),
     /// The monitor's control socket.
     #[error("the machine cannot start: {0}")]
@@ -108,9 +116,9 @@ pub struct Launch {
 /// # Errors
 /// [`LaunchError`] names what failed. Processes that were already started are gone then; directories are not.
 pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'_>) -> Result<Launch, LaunchError> {
-    host::check_kvm()?;
-    let kernel = host::open_kernel(&config.kernel)?;
-    let initramfs = host::open_initramfs(&config.initramfs)?;
+    check_kvm()?;
+    let kernel = open_kernel(&config.kernel)?;
+    let initramfs = open_initramfs(&config.initramfs)?;
     let created = paths.create(pod.bundle, pod.socket);
     created.map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
     let allotment = allot(config, paths, pod)?;

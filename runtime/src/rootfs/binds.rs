@@ -1,4 +1,4 @@
-//! Sources of bind mounts: opened in the host's view ([`crate::host_view`]), looked at, and copied as mounts of their
+//! Sources of bind mounts: opened in the host's view ([`crate::host::namespaces`]), looked at, and copied as mounts of their
 //! own that nobody has seen yet. On the copy nothing runs, opens as a device or has its set-id bits, and a read-only
 //! one is read-only with all below it, for caisson-fsd as for everybody: whatever a guest does, the host's kernel does
 //! not write there.
@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use crate::{
-    mount::fetter_tree,
+    rootfs::mount::fetter_tree,
     spec::{binds::Bind, devices::is_guests_own},
 };
 
@@ -96,7 +96,7 @@ enum Kind {
     Device(u32, u32),
 }
 
-/// Opens all sources; for [`crate::host_view::HostView::run`].
+/// Opens all sources; for [`crate::host::namespaces::HostView::run`].
 ///
 /// # Errors
 /// [`BindError`] names the mount, its source and why it cannot be.

@@ -16,7 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::paths::PodPaths;
+use crate::host::paths::PodPaths;
 
 /// A pod that nobody will delete, kept from a pod of the same name that may begin meanwhile.
 #[derive(Debug)]

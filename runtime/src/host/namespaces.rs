@@ -1,4 +1,4 @@
-//! The host's mount namespace, from inside the shim's own ([`crate::share`]). What the specification names on the host
+//! The host's mount namespace, from inside the shim's own ([`crate::rootfs::share`]). What the specification names on the host
 //! (sources of bind mounts, hooks) is looked up there: the shim's own namespace shows the same, and the pod's mounts
 //! besides, which a container must not reach by a name.
 
@@ -70,7 +70,7 @@ mod tests {
 
     use nix::mount::{MsFlags, mount};
 
-    use crate::share::enter_mount_namespace;
+    use crate::rootfs::share::enter_mount_namespace;
 
     #[tokio::test]
     async fn what_is_mounted_in_the_own_namespace_is_not_seen_there() {

@@ -10,7 +10,7 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 };
 use protobuf::{Message, MessageField, MessageFull, well_known_types::any::Any};
 
-use crate::errors::TaskError;
+use crate::shim::errors::TaskError;
 
 /// Most block devices that are told of.
 const MAX_DEVICES: usize = 256;

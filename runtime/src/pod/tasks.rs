@@ -16,11 +16,13 @@ use protobuf::EnumOrUnknown;
 use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
-    errors::TaskError,
-    events::{Event, Publisher, timestamp},
-    hooks::Pending,
-    lifecycle::{Exit, KILLED, Process, Status},
-    share::{Binds, Rootfs},
+    host::hooks::Pending,
+    pod::lifecycle::{Exit, KILLED, Process, Status},
+    rootfs::share::{Binds, Rootfs},
+    shim::{
+        errors::TaskError,
+        events::{Event, Publisher, timestamp},
+    },
     stdio::{Copies, Stdio},
 };
 

@@ -4,7 +4,7 @@
 use oci_spec::runtime::LinuxResources;
 use protobuf::well_known_types::any::Any;
 
-use crate::{errors::TaskError, spec::MAX_SIZE};
+use crate::{shim::errors::TaskError, spec::MAX_SIZE};
 
 /// The last word of the type that containerd gives the JSON: types.containerd.io/opencontainers/runtime-spec/1/LinuxResources.
 const TYPE: &str = "LinuxResources";

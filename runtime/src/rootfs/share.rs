@@ -32,10 +32,11 @@ use rustix::{
 };
 
 use crate::{
-    binds::Source,
-    host_view::HostView,
-    mount::{Mount, MountError},
-    paths::PodPaths,
+    host::{namespaces::HostView, paths::PodPaths},
+    rootfs::{
+        binds::Source,
+        mount::{Mount, MountError},
+    },
 };
 
 /// A share that cannot be set up.
@@ -389,7 +390,7 @@ mod tests {
             recursive: true,
             read_only: true,
         };
-        let binds = share.mount_binds("one", crate::binds::open(&[spec]).unwrap()).unwrap();
+        let binds = share.mount_binds("one", crate::rootfs::binds::open(&[spec]).unwrap()).unwrap();
         assert!(share.shared.join("one/mounts/0/kept").exists());
         // In the places that the shim uses by name nobody can put one: they are read-only for caisson-fsd.
         for place in ["one", "one/mounts", "one/mounts/0", HOST_SHARE_DIRECTORY] {

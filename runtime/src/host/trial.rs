@@ -4,13 +4,14 @@
 use std::{fs::File, os::fd::AsFd, path::Path, sync::Arc, time::Duration};
 
 use crate::{
-    config::Config,
-    launch::{self, Launch, launch},
-    machine::{MachineHandle, machine, supervise},
-    paths::PodPaths,
-    share::enter_mount_namespace,
+    host::{config::Config, paths::PodPaths},
+    rootfs::share::enter_mount_namespace,
     spec::BundleSpec,
-    timeline::{Timeline, now_ns},
+    vm::{
+        launch::{self, Launch, launch},
+        supervisor::{MachineHandle, machine, supervise},
+        timeline::{Timeline, now_ns},
+    },
 };
 
 /// The trial's name where a pod has containerd's namespace.

@@ -27,20 +27,25 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
-    binds,
-    config::Config,
-    events::{Destination, Publisher},
-    flags::Flags,
-    launch::{self, LaunchError, launch},
-    machine::{self, Launched},
-    paths::{PodPaths, allow_missing},
+    host::{
+        config::Config,
+        paths::{PodPaths, allow_missing},
+        processes::raise_own_oom_score,
+    },
     pod::{Limits, Pod, Provision, Provisions},
-    processes::raise_own_oom_score,
-    service,
-    share::enter_mount_namespace,
+    rootfs::{binds, share::enter_mount_namespace},
+    shim::{
+        events::{Destination, Publisher},
+        flags::Flags,
+        service,
+        start::{BEGAN, LISTENER_FD, TTRPC_ADDRESS},
+    },
     spec::BundleSpec,
-    start::{BEGAN, LISTENER_FD, TTRPC_ADDRESS},
-    timeline::{Stage, Timeline, now_ns},
+    vm::{
+        launch::{self, LaunchError, launch},
+        supervisor::{self, Launched},
+        timeline::{Stage, Timeline, now_ns},
+    },
 };
 
 /// How long the last events may take to reach containerd.
@@ -150,8 +155,8 @@ async fn serve(
     let mut terminate = signal(SignalKind::terminate()).context("signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("signals")?;
 
-    let (handle, owner) = machine::machine();
-    tokio::spawn(machine::supervise(launched, owner, boot_limit, Arc::clone(&timeline), log.clone()));
+    let (handle, owner) = supervisor::machine();
+    tokio::spawn(supervisor::supervise(launched, owner, boot_limit, Arc::clone(&timeline), log.clone()));
     let events = Publisher::start(destination(flags), &flags.namespace, log.clone());
     let pod = Pod::new(handle, provision, events.clone(), Limits::default(), Arc::clone(&timeline), log.clone());
     let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service::services(&pod));

@@ -9,7 +9,7 @@
 //!     staging                          mount point (likewise) where a mount is fettered before anybody sees it
 //!     processes                        who belongs to the pod, for the clean-up after a crash
 //!     cgroup                           the pod's cgroup, for the same
-//!     bundle, socket                   links to containerd's bundle and to the pod's socket, for [`crate::orphans`]
+//!     bundle, socket                   links to containerd's bundle and to the pod's socket, for [`crate::shim::orphans`]
 //! ```
 //!
 //! Names below are fixed, so that clean-up removes exactly these and never walks a tree in which something of
@@ -32,7 +32,7 @@ pub struct PodPaths {
 }
 
 impl PodPaths {
-    /// `namespace` and `id` are identifiers ([`crate::flags::is_identifier`]).
+    /// `namespace` and `id` are identifiers ([`crate::shim::flags::is_identifier`]).
     pub fn new(state_dir: &Path, namespace: &str, id: &str) -> Self {
         Self { state_dir: state_dir.to_owned(), pod: state_dir.join(namespace).join(id) }
     }

@@ -9,9 +9,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    paths::PodPaths,
+    host::paths::PodPaths,
+    rootfs::share::{Binds, Share, enter_mount_namespace},
     scratch::Scratch,
-    share::{Binds, Share, enter_mount_namespace},
 };
 
 /// Each test runs in a thread of its own, which may have a mount namespace of its own.

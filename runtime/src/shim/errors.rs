@@ -3,9 +3,9 @@
 use ttrpc::{Code, get_status};
 
 use crate::{
-    allotment::AllotmentError,
-    lifecycle::Refusal,
+    pod::lifecycle::Refusal,
     stdio::{StdioError, logger::LoggerError},
+    vm::allotment::AllotmentError,
 };
 
 /// A task request that did not succeed.

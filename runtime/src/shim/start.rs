@@ -31,11 +31,12 @@ use containerd_shim_protos::{
 use protobuf::{Enum, Message, well_known_types::any::Any};
 
 use crate::{
-    config::{Config, PATH_VARIABLE},
-    flags::Flags,
-    options,
-    paths::PodPaths,
-    timeline::now_ns,
+    host::{
+        config::{Config, PATH_VARIABLE},
+        paths::PodPaths,
+    },
+    shim::{flags::Flags, options},
+    vm::timeline::now_ns,
 };
 
 /// containerd's socket for events.

@@ -20,7 +20,11 @@ use protobuf::MessageField;
 use tokio::{sync::oneshot, time::timeout};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use crate::{errors::TaskError, events::timestamp, pod::Pod, tasks::Name};
+use crate::{
+    pod::Pod,
+    pod::tasks::Name,
+    shim::{errors::TaskError, events::timestamp},
+};
 
 /// Both names of the service, for one pod.
 pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {

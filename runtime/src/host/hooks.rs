@@ -24,7 +24,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use crate::{
-    host_view::HostView,
+    host::namespaces::HostView,
     spec::{BundleSpec, hooks::Hook},
 };
 
@@ -247,7 +247,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::share::enter_mount_namespace;
+    use crate::rootfs::share::enter_mount_namespace;
 
     struct Stage {
         bundle: tempfile::TempDir,

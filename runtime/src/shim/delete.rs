@@ -13,14 +13,14 @@ use protobuf::Message;
 
 use crate::{
     cgroup,
-    config::Config,
-    events::timestamp,
-    flags::Flags,
-    hooks,
-    lifecycle::KILLED,
-    orphans,
-    paths::{PodPaths, allow_missing},
-    processes::{self, Member},
+    host::{
+        config::Config,
+        hooks,
+        paths::{PodPaths, allow_missing},
+        processes::{self, Member},
+    },
+    pod::lifecycle::KILLED,
+    shim::{events::timestamp, flags::Flags, orphans},
 };
 
 /// How long killed processes may take to be gone.
