@@ -27,27 +27,33 @@ pub fn check(out: &mut impl Write) -> io::Result<bool> {
     let config = Config::load();
     let shown = Config::path().display().to_string();
     let mut all = true;
-    let mut tell = |name: &str, outcome: Outcome| {
+    let mut report = |name: &str, outcome: Outcome| {
         all &= outcome.is_ok();
         match outcome {
             Ok(detail) => writeln!(out, "ok      {name}: {detail}"),
             Err(remedy) => writeln!(out, "FAILED  {name}: {remedy}"),
         }
     };
-    tell("configuration", config.as_ref().map(|_| shown).map_err(ToString::to_string))?;
+    report("configuration", config.as_ref().map(|_| shown).map_err(ToString::to_string))?;
     // The rest is checked against the defaults then, so that one mistake does not hide another.
     let config = config.unwrap_or_default();
-    tell("kvm", check_kvm().map(|()| "/dev/kvm has what the monitor needs".into()).map_err(|error| error.to_string()))?;
-    tell("kernel", open_kernel(&config.kernel).map(|_| shown_path(&config.kernel)).map_err(|error| error.to_string()))?;
+    report(
+        "kvm",
+        check_kvm().map(|()| "/dev/kvm has what the monitor needs".into()).map_err(|error| error.to_string()),
+    )?;
+    report(
+        "kernel",
+        open_kernel(&config.kernel).map(|_| shown_path(&config.kernel)).map_err(|error| error.to_string()),
+    )?;
     let initramfs = open_initramfs(&config.initramfs);
-    tell("initramfs", initramfs.map(|_| shown_path(&config.initramfs)).map_err(|error| error.to_string()))?;
-    tell("monitor", executable(&config.monitor()))?;
-    tell("file server", executable(&config.file_server()))?;
-    tell("containerd", containerd())?;
-    tell("cgroup", cgroup2())?;
+    report("initramfs", initramfs.map(|_| shown_path(&config.initramfs)).map_err(|error| error.to_string()))?;
+    report("monitor", executable(&config.monitor()))?;
+    report("file server", executable(&config.file_server()))?;
+    report("containerd", containerd())?;
+    report("cgroup", cgroup2())?;
     // What only a running machine shows: /dev/kvm may have all that is needed and still run no guest, as in many virtual machines.
     let booted = trial::boot(&config);
-    tell("boot", booted.map(|took| format!("a machine's agent answered {} ms after its start", took.as_millis())))?;
+    report("boot", booted.map(|took| format!("a machine's agent answered {} ms after its start", took.as_millis())))?;
     Ok(all)
 }
 

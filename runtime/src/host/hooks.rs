@@ -28,7 +28,7 @@ use crate::{
     spec::{BundleSpec, hooks::Hook},
 };
 
-/// The most of a failed hook's words that is told, bytes.
+/// At most this much of a failed hook's output is reported, in bytes.
 const MAX_WORDS: u64 = 1024;
 /// A stack for a few system calls, bytes.
 const STACK: usize = 256 * 1024;
@@ -43,7 +43,7 @@ pub enum HookError {
         field: String,
         /// The program.
         path: String,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// It says that it failed.
@@ -59,7 +59,7 @@ pub enum HookError {
         words: String,
     },
     /// It took too long and was killed.
-    #[error("{field}: {path:?} was not done after {limit:?} (its timeout) and was killed")]
+    #[error("{field}: {path:?} did not end within {limit:?} (its timeout) and was killed")]
     TooLong {
         /// The specification's field.
         field: String,
@@ -85,7 +85,7 @@ pub struct Pending {
     pub stopped: State,
 }
 
-/// The container's state as hooks are told it (the runtime specification's "State").
+/// The container's state as hooks get it (the runtime specification's "State").
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
     json: String,
@@ -108,7 +108,7 @@ impl State {
     }
 }
 
-/// In the bundle while poststop hooks are still to run: the state that they are told. `delete` runs them after a crash.
+/// In the bundle while poststop hooks are still to run: the state that they get. `delete` runs them after a crash.
 const OWED: &str = "poststop.json";
 
 /// Writes down that a container has poststop hooks to run.
@@ -126,7 +126,7 @@ pub fn settle(bundle: &Path) -> bool {
 
 /// Runs the poststop hooks that a crashed shim has left, in the calling process's own mount namespace, which must be
 /// the host's. What went wrong, in sentences.
-pub fn run_owed(bundle: &Path) -> Vec<String> {
+pub fn run_pending(bundle: &Path) -> Vec<String> {
     let Ok(json) = fs::read_to_string(bundle.join(OWED)) else { return Vec::new() };
     let (spec, host) = (BundleSpec::read(bundle), HostView::here());
     settle(bundle);
@@ -328,15 +328,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn failures_are_told_with_the_field_and_the_last_words() {
+    async fn failures_are_reported_with_the_field_and_the_last_words() {
         let stage = stage();
-        let told = stage.run(&stage.hook("echo first; echo oh >&2; exit 3", None)).await.unwrap_err().to_string();
+        let message = stage.run(&stage.hook("echo first; echo oh >&2; exit 3", None)).await.unwrap_err().to_string();
         for word in ["hooks.prestart[0]", "/hook", "exit status: 3", "first oh"] {
-            assert!(told.contains(word), "{word}: {told}");
+            assert!(message.contains(word), "{word}: {message}");
         }
         let missing = Hook { path: "/no/such/hook".into(), ..stage.hook("", None) };
-        let told = stage.run(&missing).await.unwrap_err().to_string();
-        assert!(told.contains("cannot run \"/no/such/hook\"") && told.contains("No such file"), "{told}");
+        let message = stage.run(&missing).await.unwrap_err().to_string();
+        assert!(message.contains("cannot run \"/no/such/hook\"") && message.contains("No such file"), "{message}");
     }
 
     #[tokio::test]

@@ -16,6 +16,21 @@ use tokio::sync::oneshot;
 /// A stack for a few system calls, bytes.
 const STACK: usize = 256 * 1024;
 
+/// Runs `work`, which may block, on a thread that shares neither working directory nor root with others. What `work` has captured is
+/// dropped here if the thread cannot be started.
+///
+/// # Errors
+/// If the thread cannot be started, or if `work` panics.
+pub async fn on_own_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let (sender, receiver) = oneshot::channel();
+    thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || {
+        let unshared = unshare(CloneFlags::CLONE_FS).map_err(io::Error::from);
+        // The receiver is gone if its future was dropped.
+        let _ = sender.send(unshared.map(|()| work()));
+    })?;
+    receiver.await.unwrap_or_else(|_| Err(io::Error::other(format!("the thread {name} failed"))))
+}
+
 /// The mount namespace of the host.
 #[derive(Clone, Debug)]
 pub struct HostView {
@@ -35,17 +50,10 @@ impl HostView {
     /// long as they like.
     ///
     /// # Errors
-    /// If the thread cannot be had, or not enter.
+    /// If the thread cannot be started, or cannot enter the namespace.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-        let (sender, receiver) = oneshot::channel();
         let view = self.clone();
-        thread::Builder::new().name("host".into()).stack_size(STACK).spawn(move || {
-            // A thread that shares its root and working directory with others may not change the namespace.
-            let entered = unshare(CloneFlags::CLONE_FS).map_err(io::Error::from).and_then(|()| view.enter());
-            // Nobody waits any more: then nobody cares.
-            let _ = sender.send(entered.map(|()| work()));
-        })?;
-        receiver.await.unwrap_or_else(|_| Err(io::Error::other("the thread in the host's mount namespace failed")))
+        on_own_thread("host", move || view.enter().map(|()| work())).await?
     }
 
     /// Moves the calling thread or new process there; its root and working directory are the namespace's root then.

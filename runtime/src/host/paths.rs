@@ -6,7 +6,7 @@
 //!     vsock.sock                       what the monitor listens on for streams to the guest
 //!     shared                           mount point (in the shim's mount namespace only) of the shared directory
 //!     view                             the same directory as caisson-fsd sees it
-//!     staging                          mount point (likewise) where a mount is fettered before anybody sees it
+//!     staging                          mount point (likewise) where a mount gets nosuid, nodev and noexec before it is visible
 //!     processes                        who belongs to the pod, for the clean-up after a crash
 //!     cgroup                           the pod's cgroup, for the same
 //!     bundle, socket                   links to containerd's bundle and to the pod's socket, for [`crate::shim::orphans`]

@@ -30,7 +30,7 @@ impl Member {
     /// The living process `pid`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If it does not exist.
     pub fn of(role: &str, pid: u32) -> io::Result<Self> {
         Ok(Self { role: role.to_owned(), pid, started: start_time(pid)? })
     }
@@ -46,7 +46,7 @@ pub fn record(path: &Path, members: &[Member]) -> io::Result<()> {
     fs::write(path, lines)
 }
 
-/// Reads a pod's list; no file is an empty list, and a line that is none is skipped.
+/// Reads a pod's list; no file is an empty list, and an invalid line is skipped.
 pub fn recorded(path: &Path) -> Vec<Member> {
     let text = fs::read_to_string(path).unwrap_or_default();
     text.lines().filter_map(parse_line).collect()
@@ -55,12 +55,12 @@ pub fn recorded(path: &Path) -> Vec<Member> {
 /// Sets how willingly the kernel kills `pid` when memory is short, -1000 (never) to 1000.
 ///
 /// # Errors
-/// EACCES for less than the process was born with, without CAP_SYS_RESOURCE.
+/// EACCES for less than the process was started with, without CAP_SYS_RESOURCE.
 pub fn set_oom_score(pid: u32, score: i32) -> io::Result<()> {
     fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
 }
 
-/// Makes this process one step easier to kill than containerd, from which it was born: of the two it is the lesser loss.
+/// Makes this process one step easier to kill than containerd, which started it: of the two its loss costs less.
 ///
 /// # Errors
 /// If /proc is not there.

@@ -1,5 +1,5 @@
 //! A trial for `caisson check`: boots a machine as every pod's is booted (cgroup, shared directory, file server, kernel, agent),
-//! waits until the agent answers, and ends it. Nothing of it stays.
+//! waits until the agent answers, and ends it. Nothing of it remains.
 
 use std::{fs::File, os::fd::AsFd, path::Path, sync::Arc, time::Duration};
 

@@ -38,7 +38,7 @@ impl Pod {
         if !hooks.poststop.is_empty()
             && let Err(error) = owe(&state("stopped", None), bundle)
         {
-            warn!(self.log, "a crash would forget the poststop hooks"; "error" => %error);
+            warn!(self.log, "cannot persist poststop hooks: they will not run after a crash of the shim"; "error" => %error);
         }
         let creating = state("creating", Some(pid));
         for hook in &hooks.create {

@@ -1,6 +1,6 @@
 //! The life of one process of a task (the container's init process or one that Exec added), without any I/O. It decides
 //! which requests are allowed when, with the words that containerd's own shim uses, and in which order the
-//! news goes out: the start is always told before the exit, and the exit exactly once, however the answers overtake each
+//! events are published: the start always comes before the exit, and the exit exactly once, however the answers overtake each
 //! other.
 //!
 //! ```text
@@ -139,7 +139,7 @@ impl Process {
         }
     }
 
-    /// May it be started? If so, ask the agent, and tell the answer by [`started`](Self::started) or
+    /// May it be started? If so, ask the agent, and report the answer by [`started`](Self::started) or
     /// [`start_failed`](Self::start_failed).
     ///
     /// # Errors
@@ -152,7 +152,7 @@ impl Process {
         Ok(())
     }
 
-    /// It runs its program: tell the start, then the exit that this returns, if it returns one.
+    /// It runs its program: publish the start, then the exit that this returns, if any.
     #[must_use]
     pub fn started(&mut self) -> Option<Exit> {
         let Phase::Starting(exit) = self.phase else { return None };
@@ -160,7 +160,7 @@ impl Process {
         exit
     }
 
-    /// It could not run its program and has ended: tell the exit that this returns.
+    /// It could not run its program and has ended: publish the exit that this returns.
     #[must_use]
     pub fn start_failed(&mut self, exit: Exit) -> Option<Exit> {
         let Phase::Starting(_) = self.phase else { return None };
@@ -168,7 +168,7 @@ impl Process {
         Some(exit)
     }
 
-    /// The agent says that it has ended, or its machine has: tell the exit that this returns.
+    /// The agent says that it has ended, or its machine has: publish the exit that this returns.
     #[must_use]
     pub fn exited(&mut self, exit: Exit) -> Option<Exit> {
         match &mut self.phase {
@@ -234,7 +234,7 @@ impl Process {
         }
     }
 
-    /// May the container be paused? If so, ask the agent, and tell the answer by [`paused`](Self::paused) or
+    /// May the container be paused? If so, ask the agent, and report the answer by [`paused`](Self::paused) or
     /// [`pause_failed`](Self::pause_failed).
     ///
     /// # Errors
@@ -254,7 +254,7 @@ impl Process {
     /// It stands still.
     ///
     /// # Errors
-    /// If it ended on the way: then nobody is told that it was paused.
+    /// If it ended on the way: then the pause is not published.
     pub fn paused(&mut self) -> Result<(), Refusal> {
         if self.phase != Phase::Running(Freezer::Pausing) {
             return Err(Refusal::Container { verb: "pause", state: self.state() });
@@ -270,7 +270,7 @@ impl Process {
         }
     }
 
-    /// May the container be resumed? If so, ask the agent, and tell the answer by [`resumed`](Self::resumed) or
+    /// May the container be resumed? If so, ask the agent, and report the answer by [`resumed`](Self::resumed) or
     /// [`resume_failed`](Self::resume_failed).
     ///
     /// # Errors
@@ -292,7 +292,7 @@ impl Process {
     /// It goes on.
     ///
     /// # Errors
-    /// If it ended on the way: then nobody is told that it was resumed.
+    /// If it ended on the way: then the resume is not published.
     pub fn resumed(&mut self) -> Result<(), Refusal> {
         if self.phase != Phase::Running(Freezer::Resuming) {
             return Err(Refusal::Container { verb: "resume", state: self.state() });
@@ -333,7 +333,7 @@ impl Process {
         }
     }
 
-    /// What containerd is told.
+    /// What containerd gets.
     pub fn status(&self) -> Status {
         match self.phase {
             Phase::Preparing | Phase::Created => Status::Created,

@@ -12,9 +12,9 @@ use protobuf::{Message, MessageField, MessageFull, well_known_types::any::Any};
 
 use crate::shim::errors::TaskError;
 
-/// Most block devices that are told of.
+/// At most this many block devices are reported.
 const MAX_DEVICES: usize = 256;
-/// Most sizes of huge pages that are told of; x86-64 has two.
+/// At most this many sizes of huge pages are reported; x86-64 has two.
 const MAX_PAGE_SIZES: usize = 16;
 /// Longest name of a page size, bytes, such as 1GB.
 const MAX_PAGE_SIZE_NAME: usize = 16;

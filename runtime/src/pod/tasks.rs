@@ -1,5 +1,5 @@
-//! The book of a pod's containers and their processes: who is there, in which state, and who waits for whom. Every
-//! change of state and the news of it happen here together, under one lock, so the order of events is the order
+//! A pod's containers and their processes: which there are, in which state, and who waits for whom. Every
+//! change of state and its event happen here together, under one lock, so the order of events is the order
 //! of changes. No I/O: the calls to the agent are the pod's ([`crate::pod`]).
 
 use std::{
@@ -27,13 +27,13 @@ use crate::{
 };
 
 /// Takes events. The publisher, or a test.
-pub trait News: Send + Sync {
-    /// Tells one event; never waits.
-    fn tell<E: Event>(&self, event: &E);
+pub trait EventSink: Send + Sync {
+    /// Publishes one event; never waits.
+    fn publish<E: Event>(&self, event: &E);
 }
 
-impl News for Publisher {
-    fn tell<E: Event>(&self, event: &E) {
+impl EventSink for Publisher {
+    fn publish<E: Event>(&self, event: &E) {
         self.publish(event);
     }
 }
@@ -107,23 +107,23 @@ pub struct Container {
 
 /// See the module's introduction.
 #[derive(Debug)]
-pub struct Tasks<N> {
+pub struct Tasks<S> {
     containers: BTreeMap<String, Container>,
-    news: N,
+    events: S,
 }
 
 /// Most execs of one container at one time.
 const MAX_EXECS: usize = 1024;
 
-impl<N: News> Tasks<N> {
+impl<S: EventSink> Tasks<S> {
     /// An empty book.
-    pub fn new(news: N) -> Self {
-        Self { containers: BTreeMap::new(), news }
+    pub fn new(events: S) -> Self {
+        Self { containers: BTreeMap::new(), events }
     }
 
-    /// Where news goes.
-    pub fn news(&self) -> &N {
-        &self.news
+    /// Where events go.
+    pub fn events(&self) -> &S {
+        &self.events
     }
 
     /// Whether there is no container.
@@ -191,7 +191,7 @@ impl<N: News> Tasks<N> {
         container.execs.get_mut(&name.exec).ok_or_else(missing)
     }
 
-    /// May a process be started? If so, ask the agent, and tell the answer by [`started`](Self::started) or
+    /// May a process be started? If so, ask the agent, and report the answer by [`started`](Self::started) or
     /// [`start_failed`](Self::start_failed).
     ///
     /// # Errors
@@ -210,7 +210,7 @@ impl<N: News> Tasks<N> {
     /// NOT_FOUND or FAILED_PRECONDITION if it ended or was removed meanwhile.
     pub fn paused(&mut self, id: &str) -> Result<(), TaskError> {
         self.container(id)?.init.process.paused()?;
-        self.news.tell(&TaskPaused { container_id: id.to_owned(), ..TaskPaused::default() });
+        self.events.publish(&TaskPaused { container_id: id.to_owned(), ..TaskPaused::default() });
         Ok(())
     }
 
@@ -220,14 +220,14 @@ impl<N: News> Tasks<N> {
     /// NOT_FOUND or FAILED_PRECONDITION if it ended or was removed meanwhile.
     pub fn resumed(&mut self, id: &str) -> Result<(), TaskError> {
         self.container(id)?.init.process.resumed()?;
-        self.news.tell(&TaskResumed { container_id: id.to_owned(), ..TaskResumed::default() });
+        self.events.publish(&TaskResumed { container_id: id.to_owned(), ..TaskResumed::default() });
         Ok(())
     }
 
     /// The guest's kernel has killed in the container for want of memory.
     pub fn out_of_memory(&mut self, id: &str) {
         if self.containers.contains_key(id) {
-            self.news.tell(&TaskOOM { container_id: id.to_owned(), ..TaskOOM::default() });
+            self.events.publish(&TaskOOM { container_id: id.to_owned(), ..TaskOOM::default() });
         }
     }
 
@@ -237,7 +237,7 @@ impl<N: News> Tasks<N> {
     }
 
     /// Waits until the execs of a container that run now have ended.
-    pub fn execs_ended(&self, id: &str) -> impl Future<Output = ()> + use<N> {
+    pub fn execs_ended(&self, id: &str) -> impl Future<Output = ()> + use<S> {
         let execs = self.containers.get(id).into_iter().flat_map(|container| container.execs.values());
         let running = execs.filter(|exec| exec.process.status() == Status::Running);
         let mut exits: Vec<_> = running.map(|exec| exec.exit.subscribe()).collect();
@@ -249,7 +249,7 @@ impl<N: News> Tasks<N> {
         }
     }
 
-    /// Takes a process out of the book; for an init process its container.
+    /// Forgets a process; with an init process its container.
     pub fn remove(&mut self, name: &Name) -> Removed {
         if name.exec.is_empty() {
             let container = self.containers.remove(&name.container);
@@ -280,31 +280,31 @@ impl<N: News> Tasks<N> {
         let (early, pid) = (entry.process.started(), entry.pid);
         let container_id = name.container.clone();
         if name.exec.is_empty() {
-            self.news.tell(&TaskStart { container_id, pid, ..TaskStart::default() });
+            self.events.publish(&TaskStart { container_id, pid, ..TaskStart::default() });
         } else {
             let exec_id = name.exec.clone();
-            self.news.tell(&TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() });
+            self.events.publish(&TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() });
         }
-        self.tell_exit(name, early);
+        self.publish_exit(name, early);
         Ok(pid)
     }
 
     /// The process could not run its program.
     pub fn start_failed(&mut self, name: &Name, exit: Exit) {
-        let news = self.entry(name).ok().and_then(|entry| entry.process.start_failed(exit));
-        self.tell_exit(name, news);
+        let exit = self.entry(name).ok().and_then(|entry| entry.process.start_failed(exit));
+        self.publish_exit(name, exit);
     }
 
-    /// The process has ended. True if this was news.
+    /// The process has ended. True if this was not known.
     pub fn exited(&mut self, name: &Name, exit: Exit) -> bool {
-        let news = self.entry(name).ok().and_then(|entry| entry.process.exited(exit));
-        self.tell_exit(name, news);
-        news.is_some()
+        let exit = self.entry(name).ok().and_then(|entry| entry.process.exited(exit));
+        self.publish_exit(name, exit);
+        exit.is_some()
     }
 
     /// A container is deleted that was never started: its init process, which waited for that, was killed.
     pub fn killed_unstarted(&mut self, id: &str, at: SystemTime) {
-        self.tell_exit(&Name::new(id, ""), Some(Exit { status: KILLED, at }));
+        self.publish_exit(&Name::new(id, ""), Some(Exit { status: KILLED, at }));
     }
 
     /// The running copies of every process, to be ended.
@@ -318,7 +318,7 @@ impl<N: News> Tasks<N> {
     pub fn machine_lost(&mut self, at: SystemTime) {
         let names: Vec<Name> = (self.containers.iter())
             .flat_map(|(id, container)| {
-                // Execs first: an init process's exit is the last news of its container.
+                // Execs first: an init process's exit is the last event of its container.
                 container.execs.keys().map(|exec| Name::new(id, exec)).chain([Name::new(id, "")])
             })
             .collect();
@@ -327,12 +327,12 @@ impl<N: News> Tasks<N> {
         }
     }
 
-    fn tell_exit(&mut self, name: &Name, exit: Option<Exit>) {
+    fn publish_exit(&mut self, name: &Name, exit: Option<Exit>) {
         let Some(exit) = exit else { return };
         let Ok(entry) = self.entry(name) else { return };
         entry.exit.send_replace(Some(exit));
         let pid = entry.pid;
-        self.news.tell(&TaskExit {
+        self.events.publish(&TaskExit {
             container_id: name.container.clone(),
             id: name.id().to_owned(),
             pid,
@@ -342,12 +342,12 @@ impl<N: News> Tasks<N> {
         });
     }
 
-    /// Waits for a process's exit. It is told to any number of waiters, however late they come; the error comes if the
+    /// Waits for a process's exit. Any number of waiters get it, however late they come; the error comes if the
     /// process is deleted without ever having run.
     ///
     /// # Errors
     /// NOT_FOUND.
-    pub fn wait(&mut self, name: &Name) -> Result<impl Future<Output = Result<Exit, TaskError>> + use<N>, TaskError> {
+    pub fn wait(&mut self, name: &Name) -> Result<impl Future<Output = Result<Exit, TaskError>> + use<S>, TaskError> {
         let mut exit = self.entry(name)?.exit.subscribe();
         let id = name.id().to_owned();
         Ok(async move {
@@ -357,7 +357,7 @@ impl<N: News> Tasks<N> {
         })
     }
 
-    /// What containerd is told about a process.
+    /// The state of a process as containerd gets it.
     ///
     /// # Errors
     /// NOT_FOUND.
@@ -394,7 +394,7 @@ impl<N: News> Tasks<N> {
         })
     }
 
-    /// The pid that containerd was told; 0 if there is no such process.
+    /// The pid that containerd got; 0 if there is no such process.
     pub fn pid(&mut self, name: &Name) -> u32 {
         self.entry(name).map_or(0, |entry| entry.pid)
     }

@@ -1,5 +1,5 @@
 //! What Task.Update carries: the OCI specification's `linux.resources` as JSON in an `Any`. It is read here once, so that what
-//! is none is refused before the guest sees it; the agent gets the bytes as they came.
+//! is invalid is refused before the guest sees it; the agent gets the bytes as they came.
 
 use oci_spec::runtime::LinuxResources;
 use protobuf::well_known_types::any::Any;
@@ -58,9 +58,9 @@ mod tests {
             (Some(packed("", &vec![b' '; MAX_SIZE as usize + 1])), "larger than 1048576 bytes"),
         ];
         for (given, words) in refusals {
-            let told = resources(given.as_ref()).unwrap_err();
-            assert_eq!(told.code(), ttrpc::Code::INVALID_ARGUMENT);
-            assert!(told.to_string().contains(words), "{told}");
+            let message = resources(given.as_ref()).unwrap_err();
+            assert_eq!(message.code(), ttrpc::Code::INVALID_ARGUMENT);
+            assert!(message.to_string().contains(words), "{message}");
         }
     }
 

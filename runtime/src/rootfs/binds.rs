@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use crate::{
-    rootfs::mount::fetter_tree,
+    rootfs::mount::restrict_tree,
     spec::{binds::Bind, devices::is_guests_own},
 };
 
@@ -137,8 +137,8 @@ fn copy(bind: &Bind, source: &OwnedFd, directory: bool) -> Result<Source, BindEr
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let tree = open_tree(source, c"", flags | recursive)
         .map_err(|errno| failed(bind, format!("cannot be copied as a mount: {errno}")))?;
-    fetter_tree(tree.as_fd(), bind.read_only)
-        .map_err(|error| failed(bind, format!("cannot be made safe to serve: {error}")))?;
+    restrict_tree(tree.as_fd(), bind.read_only)
+        .map_err(|error| failed(bind, format!("cannot be made nosuid, nodev and noexec: {error}")))?;
     // What was mounted below it between the look and the copy is in the copy.
     look_below(bind, source)?;
     Ok(Source::Tree { tree, directory })
@@ -170,7 +170,7 @@ fn look(bind: &Bind) -> Result<(OwnedFd, Kind, Identity), BindError> {
             return Err(failed(bind, "is a socket: nobody in another machine's kernel can connect to it"));
         }
         FileType::Fifo => return Err(failed(bind, "is a FIFO: its two ends would be in different kernels")),
-        other => return Err(failed(bind, format!("is no file or directory but {other:?}"))),
+        other => return Err(failed(bind, format!("is neither a file nor a directory but {other:?}"))),
     };
     let number = fstatfs(&source).map_err(|errno| system("looked at")(errno.into()))?.f_type;
     // The field's width differs between C libraries; the numbers have 32 bits.

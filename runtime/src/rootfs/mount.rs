@@ -27,8 +27,10 @@ pub struct Mount {
     pub kind: String,
     /// What is mounted.
     pub source: String,
-    /// In containerd's words.
+    /// As containerd names them.
     pub options: Vec<String>,
+    /// Where in the root file system it is mounted; empty for its root.
+    pub target: String,
 }
 
 /// A mount that did not succeed.
@@ -196,8 +198,7 @@ fn common_directory<'p>(one: &'p str, other: &'p str) -> &'p str {
 }
 
 impl Mount {
-    /// Mounts it at `target`. The thread's working directory is another one for a moment, so no other thread may
-    /// depend on it.
+    /// Mounts it at `target`. The thread's working directory is another one meanwhile, so the thread must not share it.
     ///
     /// # Errors
     /// [`MountError`] names the mount and what the kernel said.
@@ -212,12 +213,13 @@ impl Mount {
     /// nowhere.
     ///
     /// # Errors
-    /// [`MountError`] names the mount and what the kernel said; then nothing of it stays.
-    pub fn mount_fettered(&self, staging: &Path, target: &Path) -> Result<(), MountError> {
+    /// [`MountError`] names the mount and what the kernel said; then nothing of it remains.
+    pub fn mount_restricted(&self, staging: &Path, target: &Path) -> Result<(), MountError> {
         let none = None::<&str>;
         let moved = self.mount_at(staging).and_then(|()| {
-            let moved = fetter(staging).and_then(|()| Ok(mount(Some(staging), target, none, MsFlags::MS_MOVE, none)?));
-            moved.map_err(|error| self.failed(format!("taking its set-id bits, devices and programs away: {error}")))
+            let moved =
+                restrict_mount(staging).and_then(|()| Ok(mount(Some(staging), target, none, MsFlags::MS_MOVE, none)?));
+            moved.map_err(|error| self.failed(format!("setting nosuid, nodev and noexec: {error}")))
         });
         if moved.is_err() {
             // EINVAL: it did not come so far.
@@ -233,7 +235,7 @@ impl Mount {
 }
 
 /// Gives nosuid, nodev and noexec to the mount at `path` and to all below it.
-fn fetter(path: &Path) -> io::Result<()> {
+fn restrict_mount(path: &Path) -> io::Result<()> {
     let root = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
     restrict(root.as_fd(), NOSUID_NODEV_NOEXEC, true)
 }
@@ -243,7 +245,7 @@ fn fetter(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// The system call's.
-pub fn fetter_tree(tree: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+pub fn restrict_tree(tree: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
     let nothing = MountAttrFlags::empty();
     let read_only = if read_only { MountAttrFlags::MOUNT_ATTR_RDONLY } else { nothing };
     set_attributes(tree, NOSUID_NODEV_NOEXEC | read_only, nothing, MountPropagationFlags::PRIVATE, true)
@@ -285,10 +287,11 @@ mod tests {
         assert!(plan("overlay", &[&long]).unwrap_err().contains("6016 bytes"));
         assert!(plan("fuse3.overlay", &[]).unwrap_err().contains("mount.fuse"));
         assert!(plan("ext4", &["loop"]).unwrap_err().contains("loop"));
-        let mount = Mount { kind: "nosuchfs".into(), source: "/dev/x".into(), options: vec!["a=b".into()] };
-        let told = mount.failed("ENODEV".into()).to_string();
+        let mount =
+            Mount { kind: "nosuchfs".into(), source: "/dev/x".into(), options: vec!["a=b".into()], ..Mount::default() };
+        let message = mount.failed("ENODEV".into()).to_string();
         for word in ["nosuchfs", "/dev/x", "a=b", "ENODEV"] {
-            assert!(told.contains(word), "{told}");
+            assert!(message.contains(word), "{message}");
         }
     }
 

@@ -15,7 +15,10 @@
 
 use std::{
     fs, io,
-    os::{fd::OwnedFd, unix::fs::PermissionsExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -27,7 +30,7 @@ use nix::{
     sys::stat::{Mode, SFlag, makedev, mknod},
 };
 use rustix::{
-    fs::CWD,
+    fs::{CWD, OFlags, ResolveFlags, openat2},
     mount::{MoveMountFlags, move_mount},
 };
 
@@ -56,13 +59,13 @@ pub enum RootfsError {
     /// The mount point.
     #[error("cannot make the mount point {path}: {source}")]
     MountPoint {
-        /// It.
+        /// The path.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// containerd passed no mounts, and the bundle has no directory either.
-    #[error("containerd passed no root file system and {path} (root.path of config.json) is no directory")]
+    #[error("containerd passed no root file system and {path} (root.path of config.json) is not a directory")]
     Missing {
         /// Where it should be.
         path: PathBuf,
@@ -124,7 +127,7 @@ impl Share {
             .map_err(|errno| ShareError { step: "open the view", source: errno.into() })
     }
 
-    /// The root file system's place, relative to the shared directory: what the agent is told.
+    /// The root file system's place, relative to the shared directory: what the agent gets.
     pub fn rootfs_name(container: &str) -> String {
         format!("{container}/rootfs")
     }
@@ -132,7 +135,7 @@ impl Share {
     /// Mounts a container's root file system: `mounts` one upon the other or, if there are none, `fallback`.
     ///
     /// # Errors
-    /// See [`RootfsError`]; then nothing of it stays.
+    /// See [`RootfsError`]; then nothing of it remains.
     pub fn mount_rootfs(&self, container: &str, mounts: &[Mount], fallback: &Path) -> Result<Rootfs, RootfsError> {
         let directory = self.shared.join(container);
         let failed = |path: &Path| {
@@ -147,16 +150,22 @@ impl Share {
                 return Err(RootfsError::Missing { path: fallback.to_owned() });
             }
             let source = fallback.to_string_lossy().into_owned();
-            let bind = Mount { kind: "bind".into(), source, options: vec!["rbind".into(), "rw".into()] };
-            bind.mount_fettered(&self.staging, &rootfs.target)?;
+            let options = vec!["rbind".into(), "rw".into()];
+            let bind = Mount { kind: "bind".into(), source, options, ..Mount::default() };
+            bind.mount_restricted(&self.staging, &rootfs.target)?;
         }
         for mount in mounts {
-            mount.mount_fettered(&self.staging, &rootfs.target)?;
+            if mount.target.is_empty() {
+                mount.mount_restricted(&self.staging, &rootfs.target)?;
+            } else {
+                let place = rootfs.open(&mount.target).map_err(failed(Path::new(&mount.target)))?;
+                mount.mount_restricted(&self.staging, &proc_path(&place))?;
+            }
         }
         Ok(rootfs)
     }
 
-    /// A bind mount's place, relative to the shared directory: what the agent is told. By way of the connection for
+    /// A bind mount's place, relative to the shared directory: what the agent gets. By way of the connection for
     /// what the host's processes change, too.
     pub fn bind_name(container: &str, index: u32) -> String {
         format!("{HOST_SHARE_DIRECTORY}/{}", Self::bind_place(container, index))
@@ -170,7 +179,7 @@ impl Share {
     /// Puts a container's bind mounts into its directory, which [`Self::mount_rootfs`] has made.
     ///
     /// # Errors
-    /// See [`RootfsError`]; then nothing of it stays.
+    /// See [`RootfsError`]; then nothing of it remains.
     pub fn mount_binds(&self, container: &str, sources: Vec<(u32, Source)>) -> Result<Binds, RootfsError> {
         let directory = self.shared.join(container).join("mounts");
         let mut binds = Binds { directory, targets: Vec::new() };
@@ -197,7 +206,7 @@ impl Share {
                     let number = makedev(major.into(), minor.into());
                     mknod(&target, SFlag::S_IFCHR, mode, number).map_err(|errno| failed(&target)(errno.into()))?;
                     binds.targets.push((target.clone(), Target::Node));
-                    // Whatever umask the shim was born with.
+                    // Independent of the umask that the shim was started with.
                     let everybody = fs::Permissions::from_mode(0o666);
                     fs::set_permissions(&target, everybody).map_err(failed(&target))?;
                 }
@@ -221,6 +230,22 @@ impl Drop for Share {
 pub struct Rootfs {
     directory: PathBuf,
     target: PathBuf,
+}
+
+impl Rootfs {
+    /// A directory or file in it. Links in its path lead nowhere outside of it.
+    fn open(&self, path: &str) -> io::Result<OwnedFd> {
+        let root = open(&self.target, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+        let path = path.trim_start_matches('/');
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        Ok(openat2(root, if path.is_empty() { "." } else { path }, flags, rustix::fs::Mode::empty(), resolve)?)
+    }
+}
+
+/// A path that leads to an open file.
+fn proc_path(file: &OwnedFd) -> PathBuf {
+    format!("/proc/thread-self/fd/{}", file.as_raw_fd()).into()
 }
 
 impl Drop for Rootfs {
@@ -284,7 +309,12 @@ mod tests {
         let layer = state.path().join("layer");
         fs::create_dir(&layer).unwrap();
         fs::write(layer.join("hello"), "x").unwrap();
-        let bind = Mount { kind: "bind".into(), source: layer.display().to_string(), options: vec!["rbind".into()] };
+        let bind = Mount {
+            kind: "bind".into(),
+            source: layer.display().to_string(),
+            options: vec!["rbind".into()],
+            ..Mount::default()
+        };
         let rootfs = share.mount_rootfs("one", &[bind], Path::new("/none")).unwrap();
         let seen = share.view.join(Share::rootfs_name("one"));
         assert!(seen.join("hello").exists());
@@ -303,7 +333,12 @@ mod tests {
         fs::create_dir_all(layer.join("below")).unwrap();
         let none = None::<&str>;
         mount(Some("t"), &layer.join("below"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
-        let bind = Mount { kind: "bind".into(), source: layer.display().to_string(), options: vec!["rbind".into()] };
+        let bind = Mount {
+            kind: "bind".into(),
+            source: layer.display().to_string(),
+            options: vec!["rbind".into()],
+            ..Mount::default()
+        };
         let rootfs = share.mount_rootfs("five", &[bind], Path::new("/none")).unwrap();
         let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         for root in [rootfs.target.clone(), share.view.join(Share::rootfs_name("five"))] {
@@ -319,6 +354,34 @@ mod tests {
         assert_eq!(staged, 0, "nothing stays where it was prepared");
     }
 
+    /// Snapshotters of containerd 2 mount parts of a root file system below its root. A link of the image leads nowhere else.
+    #[test]
+    fn a_mount_with_a_target_lies_in_the_root_file_system() {
+        let state = scratch();
+        let share = share(state.path());
+        let (layer, part) = (state.path().join("layer"), state.path().join("part"));
+        for directory in [&layer.join("here"), &layer.join("etc"), &part] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        std::os::unix::fs::symlink("/etc", layer.join("link")).unwrap();
+        fs::write(part.join("file"), "x").unwrap();
+        let bind = |source: &Path, target: &str| Mount {
+            kind: "bind".into(),
+            source: source.display().to_string(),
+            options: vec!["rbind".into()],
+            target: target.into(),
+        };
+        let mounts = [bind(&layer, ""), bind(&part, "/here"), bind(&part, "link")];
+        let rootfs = share.mount_rootfs("six", &mounts, Path::new("/none")).unwrap();
+        let root = share.view.join(Share::rootfs_name("six"));
+        assert!(root.join("here/file").exists() && root.join("etc/file").exists());
+        assert!(!Path::new("/etc/file").exists());
+        drop(rootfs);
+        let missing = share.mount_rootfs("six", &[bind(&layer, ""), bind(&part, "no/such")], Path::new("/none"));
+        assert!(missing.unwrap_err().to_string().contains("no/such"));
+        assert!(!share.shared.join("six").exists());
+    }
+
     #[test]
     fn stacked_mounts_and_the_bundles_own_directory() {
         let state = scratch();
@@ -327,12 +390,17 @@ mod tests {
         for directory in [&lower, &upper, &work] {
             fs::create_dir(directory).unwrap();
         }
-        let tmpfs =
-            Mount { kind: "tmpfs".into(), source: "t".into(), options: vec!["size=64k".into(), "nodev".into()] };
+        let tmpfs = Mount {
+            kind: "tmpfs".into(),
+            source: "t".into(),
+            options: vec!["size=64k".into(), "nodev".into()],
+            ..Mount::default()
+        };
         let bind = Mount {
             kind: "bind".into(),
             source: lower.display().to_string(),
             options: vec!["bind".into(), "ro".into()],
+            ..Mount::default()
         };
         let rootfs = share.mount_rootfs("two", &[tmpfs, bind], Path::new("/none")).unwrap();
         assert!(fs::write(rootfs.target.join("x"), "").is_err(), "read-only");
@@ -354,16 +422,26 @@ mod tests {
         let state = scratch();
         let share = share(state.path());
         for options in [vec![], vec!["lowerdir=".to_owned()], vec!["lowerdir=/no/such".to_owned()]] {
-            let overlay = Mount { kind: "overlay".into(), source: "overlay".into(), options: options.clone() };
+            let overlay = Mount {
+                kind: "overlay".into(),
+                source: "overlay".into(),
+                options: options.clone(),
+                ..Mount::default()
+            };
             let refused = share.mount_rootfs("one", &[overlay], Path::new("/none")).unwrap_err().to_string();
             assert!(refused.contains("\"overlay\"") && refused.contains(&options.join(",")), "{refused}");
-            assert!(!share.shared.join("one").exists(), "nothing of it stays");
+            assert!(!share.shared.join("one").exists(), "nothing of it remains");
         }
         let nothing = Mount::default();
         assert!(share.mount_rootfs("one", &[nothing], Path::new("/none")).is_err());
         let empty = state.path().join("empty");
         fs::create_dir(&empty).unwrap();
-        let bind = Mount { kind: "bind".into(), source: empty.display().to_string(), options: vec!["rbind".into()] };
+        let bind = Mount {
+            kind: "bind".into(),
+            source: empty.display().to_string(),
+            options: vec!["rbind".into()],
+            ..Mount::default()
+        };
         let rootfs = share.mount_rootfs("one", &[bind], Path::new("/none")).unwrap();
         assert_eq!(fs::read_dir(&rootfs.target).unwrap().count(), 0);
     }
@@ -381,7 +459,12 @@ mod tests {
         for name in ["rootfs", "mounts", "0", "up"] {
             std::os::unix::fs::symlink(&outside, layer.join(name)).unwrap();
         }
-        let bind = Mount { kind: "bind".into(), source: layer.display().to_string(), options: vec!["rbind".into()] };
+        let bind = Mount {
+            kind: "bind".into(),
+            source: layer.display().to_string(),
+            options: vec!["rbind".into()],
+            ..Mount::default()
+        };
         let rootfs = share.mount_rootfs("one", &[bind], Path::new("/none")).unwrap();
         let spec = crate::spec::binds::Bind {
             index: 0,
@@ -425,7 +508,7 @@ mod tests {
             format!("upperdir={}/upper", layers.display()),
             format!("workdir={}/work", layers.display()),
         ];
-        let overlay = Mount { kind: "overlay".into(), source: "overlay".into(), options };
+        let overlay = Mount { kind: "overlay".into(), source: "overlay".into(), options, ..Mount::default() };
         let here = std::env::current_dir().unwrap();
         let rootfs = share.mount_rootfs("one", &[overlay], Path::new("/none"));
         assert_eq!(std::env::current_dir().unwrap(), here);

@@ -76,7 +76,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }));
 
     if let Err(error) = raise_own_oom_score() {
-        warn!(log, "the shim's OOM score stays containerd's"; "error" => %error);
+        warn!(log, "cannot set the shim's OOM score adjustment"; "error" => %error);
     }
     let timeline = Arc::new(Timeline::new(began));
     let prepared = Prepared::new(flags, config.map_err(|error| error.to_string()), &bundle, &sink);
@@ -170,7 +170,7 @@ async fn serve(
     }
     // The answer to Shutdown, and what else is on its way, leaves before the process does.
     if tokio::time::timeout(ANSWER_LIMIT, server.shutdown()).await.is_err() {
-        warn!(log, "answers left unsent at the end");
+        warn!(log, "responses unsent at exit");
     }
     events.flush(FLUSH_LIMIT).await;
     remove(&paths, &socket, &log);
@@ -192,7 +192,7 @@ fn destination(flags: &Flags) -> Destination {
 fn remove(paths: &PodPaths, socket: &Path, log: &Logger) {
     for (what, removed) in [("socket", allow_missing(std::fs::remove_file(socket))), ("directory", paths.remove())] {
         if let Err(error) = removed {
-            error!(log, "the pod left something behind"; "what" => what, "error" => %error);
+            error!(log, "cannot remove everything of the pod"; "what" => what, "error" => %error);
         }
     }
 }

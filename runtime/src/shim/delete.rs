@@ -36,7 +36,7 @@ pub fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
     let state_dir = state_dir(&bundle);
     let paths = PodPaths::new(&state_dir, &flags.namespace, &flags.id);
     let members = clear(&paths, &paths.socket(&flags.address, &flags.namespace, &flags.id))?;
-    for failed in hooks::run_owed(&fs::canonicalize(&bundle).unwrap_or(bundle)) {
+    for failed in hooks::run_pending(&fs::canonicalize(&bundle).unwrap_or(bundle)) {
         // containerd logs what this command says.
         eprintln!("a hook failed: {failed}");
     }
@@ -44,7 +44,7 @@ pub fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         let pod = orphan.paths.pod().display();
         match clear(&orphan.paths, &orphan.socket) {
             Ok(_) => eprintln!("removed what an earlier shim left in {pod}"),
-            Err(error) => eprintln!("what an earlier shim left in {pod} stays: {error:#}"),
+            Err(error) => eprintln!("cannot remove what an earlier shim left in {pod}: {error:#}"),
         }
     }
     let response = DeleteResponse {
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_crashed_pod_leaves_nothing_and_is_told_as_killed() {
+    fn a_crashed_pod_leaves_nothing_and_is_reported_as_killed() {
         let state = tempfile::tempdir().unwrap();
         let bundle = tempfile::tempdir().unwrap();
         let flags = Flags {
@@ -114,7 +114,7 @@ mod tests {
         fs::write(&socket, "").unwrap();
         fs::write(bundle.path().join("address"), format!("unix://{}", socket.display())).unwrap();
         paths.create(bundle.path(), &socket).unwrap();
-        // A shim that was killed before containerd had heard of it.
+        // A shim that was killed before containerd had connected to it.
         let orphan = PodPaths::new(state.path(), "ns", "two");
         let its_socket = orphan.socket("/c.sock", "ns", "two");
         fs::write(&its_socket, "").unwrap();

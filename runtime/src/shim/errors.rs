@@ -167,8 +167,8 @@ mod tests {
     #[test]
     fn the_agents_codes_pass_and_its_words_are_tamed() {
         let said = ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, "no\x1b[2J such\nfile".to_string()));
-        let told = TaskError::from_agent("Start", &said);
-        assert_eq!((told.code(), told.to_string().as_str()), (Code::NOT_FOUND, "no [2J such file"));
+        let message = TaskError::from_agent("Start", &said);
+        assert_eq!((message.code(), message.to_string().as_str()), (Code::NOT_FOUND, "no [2J such file"));
         let long = ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, "x".repeat(100_000)));
         assert!(TaskError::from_agent("Start", &long).to_string().len() < 2000);
         let gone = TaskError::from_agent("Kill", &ttrpc::Error::RemoteClosed);
@@ -181,7 +181,7 @@ mod tests {
         use protobuf::Enum;
         for code in Code::VALUES.iter().copied() {
             let said = ttrpc::Error::RpcStatus(get_status(code, "words"));
-            let told = TaskError::from_agent("Stats", &said);
+            let message = TaskError::from_agent("Stats", &said);
             let expected = match code {
                 Code::NOT_FOUND
                 | Code::ALREADY_EXISTS
@@ -192,9 +192,9 @@ mod tests {
                 Code::UNAVAILABLE | Code::RESOURCE_EXHAUSTED | Code::ABORTED | Code::CANCELLED => Code::UNAVAILABLE,
                 _ => Code::INTERNAL,
             };
-            assert_eq!(told.code(), expected, "{code:?}");
+            assert_eq!(message.code(), expected, "{code:?}");
             let silence = (code == Code::DEADLINE_EXCEEDED).then_some(Silence::Deadline);
-            assert_eq!(told.silence(), silence, "{code:?}: an agent that is busy has answered");
+            assert_eq!(message.silence(), silence, "{code:?}: an agent that is busy has answered");
         }
     }
 }

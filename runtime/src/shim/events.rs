@@ -1,6 +1,6 @@
-//! News for containerd: each event goes to its ttrpc events service (the socket in TTRPC_ADDRESS), one after the other in
+//! Events for containerd: each goes to its ttrpc events service (the socket in TTRPC_ADDRESS), one after the other in
 //! the order in which they happened. While containerd is away they wait, and a new connection is tried again
-//! and again, at growing distances. One whose answer was lost is sent again: containerd may hear it twice, but never not at all.
+//! and again, at growing distances. One whose answer was lost is sent again: containerd may get it twice, but never not at all.
 //!
 //! At most [`CAPACITY`] wait; what comes then is lost, the newest first, with a log line. It takes a containerd that is away for
 //! thousands of ends of processes, which only it could have started: kills for want of memory, which a guest could have without
@@ -156,7 +156,7 @@ impl Publisher {
     /// Waits until every event has been delivered, but no longer than `limit`.
     pub async fn flush(&self, limit: Duration) {
         if timeout(limit, self.delivered()).await.is_err() {
-            warn!(self.log, "events undelivered at the end"; "waiting" => self.waiting.load(Ordering::Relaxed));
+            warn!(self.log, "events undelivered at exit"; "waiting" => self.waiting.load(Ordering::Relaxed));
         }
     }
 }
@@ -181,7 +181,7 @@ impl Delivery {
                 if stale {
                     continue;
                 }
-                warn!(self.log, "containerd does not take events"; "topic" => &envelope.topic, "error" => error);
+                warn!(self.log, "cannot deliver events to containerd"; "topic" => &envelope.topic, "error" => error);
                 sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
@@ -236,7 +236,7 @@ async fn publish_by_command(program: &Path, address: &str, envelope: &Envelope) 
         Ok(Ok(status)) if status.success() => Ok(()),
         Ok(Ok(status)) => Err(format!("{} publish: {status}", program.display())),
         Ok(Err(error)) => Err(format!("{} publish: {error}", program.display())),
-        Err(_) => Err(format!("{} publish was not done after {LIMIT:?}", program.display())),
+        Err(_) => Err(format!("{} publish did not end within {LIMIT:?}", program.display())),
     }
 }
 
@@ -315,9 +315,9 @@ mod tests {
         let publisher = Publisher::start(Destination::Command { program, address: "/a.sock".into() }, "ns", log());
         publisher.publish(&TaskDelete { container_id: "one".into(), ..TaskDelete::default() });
         timeout(Duration::from_secs(20), publisher.delivered()).await.expect("the command ran");
-        let heard = std::fs::read(&said).unwrap();
+        let recorded = std::fs::read(&said).unwrap();
         let line = b"--address /a.sock publish --topic /tasks/delete --namespace ns\n";
-        let event = Any::parse_from_bytes(heard.strip_prefix(line).unwrap()).unwrap();
+        let event = Any::parse_from_bytes(recorded.strip_prefix(line).unwrap()).unwrap();
         assert_eq!(event.type_url, "containerd.events.TaskDelete");
         assert_eq!(TaskDelete::parse_from_bytes(&event.value).unwrap().container_id, "one");
     }

@@ -2,7 +2,7 @@
 //! `containerd.task.v3.Task` (2.x): the two differ in nothing but the package's name.
 //!
 //! ttrpc drops a handler when its client hangs up. Whatever changes something therefore runs as a task of its own, to its
-//! end, whoever still listens.
+//! end, even if the client has gone.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -68,7 +68,7 @@ impl Task for TaskService {
         let (pod, name) = (Arc::clone(&self.pod), Name::new(&request.id, &request.exec_id));
         let (answer, deleted) = oneshot::channel();
         tokio::spawn(async move {
-            // Whoever asked would now ask for Shutdown. If he is gone (containerd was killed), nobody does.
+            // The client would now call Shutdown. If it is gone (containerd was killed), nobody does.
             if answer.send(pod.delete(&name).await).is_err() {
                 pod.shutdown(false).await;
             }
@@ -105,7 +105,7 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        // Standard input is all that can be closed; like containerd's own shim this one needs not be told twice.
+        // Standard input is all that can be closed; like containerd's own shim this one ignores a second call.
         self.pod.close_stdin(&Name::new(&request.id, &request.exec_id))?;
         Ok(Empty::new())
     }

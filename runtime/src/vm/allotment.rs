@@ -19,9 +19,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum AllotmentError {
     /// They are no `linux.resources` object.
-    #[error("the resources are none: {0}")]
+    #[error("invalid linux.resources: {0}")]
     Malformed(#[from] serde_json::Error),
-    /// The machine is not as large, or a value is none.
+    /// The machine is not as large, or a value is invalid.
     #[error(transparent)]
     Resource(#[from] ResourceError),
     /// The host's kernel refused.
@@ -151,10 +151,10 @@ mod tests {
             (json!({ "memory": { "limit": 257 << 20 } }), ["linux.resources.memory.limit", "269484032", "256 MiB"]),
             (json!({ "cpu": { "quota": 200_001 } }), ["linux.resources.cpu.quota", "200001", "(2)"]),
             (json!({ "cpu": { "cpus": "two" } }), ["linux.resources.cpu.cpus", "\"two\"", "list"]),
-            (json!([1]), ["the resources are none", "", ""]),
+            (json!([1]), ["invalid linux.resources", "", ""]),
         ] {
-            let told = allotment.change(json.to_string().as_bytes()).unwrap_err().to_string();
-            assert!(words.iter().all(|word| told.contains(word)), "{words:?}: {told}");
+            let message = allotment.change(json.to_string().as_bytes()).unwrap_err().to_string();
+            assert!(words.iter().all(|word| message.contains(word)), "{words:?}: {message}");
         }
     }
 

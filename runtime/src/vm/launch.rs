@@ -64,7 +64,7 @@ pub enum LaunchError {
     System {
         /// What.
         what: String,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
 }

@@ -1,5 +1,5 @@
 //! The pod's machine as the rest of the shim sees it: it boots, is ready (the agent answers), and is lost, once,
-//! for a reason that can be told. [`supervise`] owns the processes; everybody else has a [`MachineHandle`].
+//! for a reason. [`supervise`] owns the processes; everybody else has a [`MachineHandle`].
 //!
 //! ```text
 //!   Booting ──agent's Ready message, agent dialled──► Ready ──monitor or file server ended, or stop──► Lost(reason)
@@ -47,7 +47,7 @@ pub struct Machine {
     /// Calls to the agent.
     pub agent: AgentClient,
     rpc: Client,
-    /// The pid of caisson-vmm on the host: what containerd is told as the pid of the pod's processes, because a pid of
+    /// The pid of caisson-vmm on the host: what containerd gets as the pid of the pod's processes, because a pid of
     /// the guest means nothing, or somebody else, on the host.
     pub pid: u32,
 }
@@ -118,7 +118,7 @@ pub fn machine() -> (MachineHandle, MachineOwner) {
 }
 
 impl MachineOwner {
-    /// Tells everybody. Lost is the last word.
+    /// Publishes the state. Lost is the last one.
     pub fn set(&self, state: MachineState) {
         self.state.send_replace(state);
     }
@@ -202,7 +202,7 @@ pub struct Launched {
 }
 
 /// How long a process that is ending may take to say why, or to be gone.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const LOSS_LIMIT: Duration = Duration::from_secs(1);
 /// Reason of an end that somebody asked for.
 const STOPPED: &str = "the machine was stopped";
 
@@ -274,21 +274,21 @@ async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline
             reason = &mut work => reason,
             status = fsd.wait() => {
                 let ended = format!("caisson-fsd ended: {}", status_words(&status));
-                // In good order it ends only behind the monitor, whose own reason is the one to tell.
+                // In good order it ends only behind the monitor, whose own reason is the one to report.
                 match status {
-                    Ok(status) if status.success() => timeout(LAST_WORDS, work).await.unwrap_or(ended),
+                    Ok(status) if status.success() => timeout(LOSS_LIMIT, work).await.unwrap_or(ended),
                     _ => ended,
                 }
             }
         }
     };
-    // A monitor that closed its socket is about to end; how tells more than that it did.
+    // A monitor that closed its socket is about to end; its exit status says more than that.
     let closed = reason == CLOSED;
     if !closed {
         vmm.kill();
     }
     fsd.kill();
-    let status = match timeout(LAST_WORDS, vmm.wait()).await {
+    let status = match timeout(LOSS_LIMIT, vmm.wait()).await {
         Ok(status) => status,
         Err(_) => {
             vmm.kill();
@@ -341,7 +341,7 @@ enum BootError {
     Monitor(#[from] CallError),
     #[error("the monitor closed before the guest was ready")]
     MonitorClosed,
-    #[error("the guest's ready message is not one: {0}")]
+    #[error("invalid ready message from the guest: {0}")]
     Ready(String),
     #[error("the agent does not answer: {0}")]
     Dial(#[from] DialError),

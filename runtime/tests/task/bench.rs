@@ -63,7 +63,7 @@ const LIMITS: Limits = {
 /// containerd's events service, which can go away and come back.
 #[derive(Default)]
 struct Containerd {
-    heard: Mutex<Vec<(String, Any)>>,
+    recorded: Mutex<Vec<(String, Any)>>,
     /// Takes each event, but dies before it says so.
     mute: AtomicBool,
 }
@@ -76,7 +76,7 @@ impl Events for Containerd {
         if self.mute.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
         }
-        self.heard.lock().unwrap().push((envelope.topic, envelope.event.unwrap()));
+        self.recorded.lock().unwrap().push((envelope.topic, envelope.event.unwrap()));
         Ok(Empty::new())
     }
 }
@@ -244,7 +244,7 @@ impl Bench {
     /// Waits until containerd has every event; topic, container or exec id, exit status.
     pub async fn events(&self) -> Vec<String> {
         self.publisher.flush(LIMIT).await;
-        let events = self.containerd.heard.lock().unwrap();
+        let events = self.containerd.recorded.lock().unwrap();
         let line = |(topic, event): &(String, Any)| match topic.as_str() {
             "/tasks/exit" => {
                 let exit = TaskExit::parse_from_bytes(&event.value).unwrap();

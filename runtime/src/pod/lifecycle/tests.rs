@@ -42,37 +42,37 @@ fn exit(status: u32) -> Exit {
 }
 
 proptest! {
-    /// Whatever order answers and requests come in: the exit is told at most once and never before the start,
-    /// a process that once stopped stays stopped, and its exit never changes. Pauses and resumes are told in turn, and only
+    /// Whatever order answers and requests come in: the exit is published at most once and never before the start,
+    /// a process that once stopped stays stopped, and its exit never changes. Pauses and resumes are published in turn, and only
     /// of a process that runs.
     #[test]
-    fn news_is_told_once_and_in_order(is_init: bool, steps in proptest::collection::vec(step(), 0..32)) {
+    fn news_is_reported_once_and_in_order(is_init: bool, steps in proptest::collection::vec(step(), 0..32)) {
         let mut process = Process::new(is_init);
-        let (mut asked, mut told_start, mut told_exit) = (false, false, None::<Exit>);
-        let mut told_paused = false;
+        let (mut asked, mut reported_start, mut reported_exit) = (false, false, None::<Exit>);
+        let mut reported_paused = false;
         for step in steps {
             let before = process.status();
-            let news = match step {
+            let exit_event = match step {
                 Step::Prepared => { process.prepared(); None }
                 Step::BeginStart => { asked |= process.begin_start().is_ok(); None }
-                Step::Started if asked && !told_start && before == Status::Running => {
-                    told_start = true;
+                Step::Started if asked && !reported_start && before == Status::Running => {
+                    reported_start = true;
                     process.started()
                 }
                 Step::Started => None,
-                Step::StartFailed if asked && !told_start => process.start_failed(exit(127)),
+                Step::StartFailed if asked && !reported_start => process.start_failed(exit(127)),
                 Step::StartFailed => None,
                 Step::Exited(status) => process.exited(exit(status)),
                 Step::BeginDelete => { let _ = process.begin_delete(); None }
                 Step::DeleteFailed => { process.delete_failed(SystemTime::UNIX_EPOCH); None }
                 Step::BeginPause => {
-                    prop_assert_eq!(process.begin_pause().is_ok(), before == Status::Running && told_start);
+                    prop_assert_eq!(process.begin_pause().is_ok(), before == Status::Running && reported_start);
                     None
                 }
                 Step::Paused => {
                     if process.paused().is_ok() {
-                        prop_assert!(before == Status::Pausing && !told_paused);
-                        told_paused = true;
+                        prop_assert!(before == Status::Pausing && !reported_paused);
+                        reported_paused = true;
                     }
                     None
                 }
@@ -80,27 +80,27 @@ proptest! {
                 Step::BeginResume => { let _ = process.begin_resume(); None }
                 Step::Resumed => {
                     if process.resumed().is_ok() {
-                        prop_assert!(before == Status::Paused && told_paused);
-                        told_paused = false;
+                        prop_assert!(before == Status::Paused && reported_paused);
+                        reported_paused = false;
                     }
                     None
                 }
                 Step::ResumeFailed => { process.resume_failed(); None }
             };
-            if let Some(exit) = news {
-                prop_assert_eq!(told_exit, None, "told twice");
-                prop_assert!(told_start || !matches!(step, Step::Exited(_)) || before == Status::Created,
+            if let Some(exit) = exit_event {
+                prop_assert_eq!(reported_exit, None, "published twice");
+                prop_assert!(reported_start || !matches!(step, Step::Exited(_)) || before == Status::Created,
                     "exit before start");
                 prop_assert_eq!(process.exit(), Some(exit));
-                told_exit = Some(exit);
+                reported_exit = Some(exit);
             }
             if before == Status::Stopped {
                 prop_assert_eq!(process.status(), Status::Stopped);
             }
             if process.status() != Status::Stopped {
-                prop_assert_eq!(process.status() == Status::Paused, told_paused);
+                prop_assert_eq!(process.status() == Status::Paused, reported_paused);
             }
-            if let Some(exit) = told_exit {
+            if let Some(exit) = reported_exit {
                 prop_assert_eq!(process.exit(), Some(exit));
                 prop_assert!(process.check_kill().is_err() && process.begin_start().is_err());
                 prop_assert!(process.begin_pause().is_err() && process.begin_resume().is_err());
@@ -116,7 +116,7 @@ fn created(is_init: bool) -> Process {
 }
 
 #[test]
-fn an_exit_before_the_start_answer_is_told_after_it() {
+fn an_exit_before_the_start_answer_is_reported_after_it() {
     let mut process = created(true);
     process.begin_start().unwrap();
     assert_eq!(process.exited(exit(3)), None);

@@ -5,24 +5,24 @@ use proptest::prelude::*;
 use super::*;
 
 #[derive(Debug, Default)]
-struct Heard(Mutex<Vec<String>>);
+struct Recorded(Mutex<Vec<String>>);
 
-impl News for Heard {
-    fn tell<E: Event>(&self, event: &E) {
+impl EventSink for Recorded {
+    fn publish<E: Event>(&self, event: &E) {
         self.0.lock().unwrap().push(format!("{} {event}", E::TOPIC));
     }
 }
 
-fn book() -> Tasks<Heard> {
-    let mut tasks = Tasks::new(Heard::default());
+fn book() -> Tasks<Recorded> {
+    let mut tasks = Tasks::new(Recorded::default());
     tasks.add_container("one", "/b", Stdio::default()).unwrap();
     tasks.entry(&Name::new("one", "")).unwrap().process.prepared();
     tasks
 }
 
-fn topics(tasks: &Tasks<Heard>) -> Vec<String> {
-    let heard = tasks.news.0.lock().unwrap();
-    heard.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+fn topics(tasks: &Tasks<Recorded>) -> Vec<String> {
+    let recorded = tasks.events.0.lock().unwrap();
+    recorded.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
 }
 
 fn exit(status: u32) -> Exit {
@@ -52,7 +52,7 @@ async fn a_lost_machine_ends_every_process_once_and_wakes_every_waiter() {
 }
 
 #[test]
-fn an_early_exit_is_told_behind_the_start() {
+fn an_early_exit_is_reported_behind_the_start() {
     let mut tasks = book();
     let init = Name::new("one", "");
     tasks.entry(&init).unwrap().process.begin_start().unwrap();
@@ -63,21 +63,21 @@ fn an_early_exit_is_told_behind_the_start() {
     assert_eq!((state.status.unwrap(), state.exit_status), (ApiStatus::STOPPED, 3));
 }
 
-fn started(tasks: &mut Tasks<Heard>, name: &Name) {
+fn started(tasks: &mut Tasks<Recorded>, name: &Name) {
     tasks.entry(name).unwrap().process.prepared();
     tasks.begin_start(name).unwrap();
     tasks.started(name).unwrap();
 }
 
 #[test]
-fn a_paused_container_pauses_its_execs_and_is_told_in_turn() {
+fn a_paused_container_pauses_its_execs_and_is_reported_in_turn() {
     let mut tasks = book();
     let (init, exec) = (Name::new("one", ""), Name::new("one", "x"));
     started(&mut tasks, &init);
     tasks.add_exec(&exec, Stdio::default()).unwrap();
     started(&mut tasks, &exec);
     tasks.add_exec(&Name::new("one", "late"), Stdio::default()).unwrap();
-    let status = |tasks: &mut Tasks<Heard>, name: &Name| tasks.state(name).unwrap().status.unwrap();
+    let status = |tasks: &mut Tasks<Recorded>, name: &Name| tasks.state(name).unwrap().status.unwrap();
     tasks.entry(&init).unwrap().process.begin_pause().unwrap();
     assert_eq!(status(&mut tasks, &exec), ApiStatus::PAUSING);
     tasks.paused("one").unwrap();
@@ -92,8 +92,8 @@ fn a_paused_container_pauses_its_execs_and_is_told_in_turn() {
     assert_eq!(status(&mut tasks, &exec), ApiStatus::RUNNING);
     tasks.out_of_memory("one");
     tasks.out_of_memory("two");
-    let told = ["/tasks/start", "/tasks/exec-started", "/tasks/paused", "/tasks/resumed", "/tasks/oom"];
-    assert_eq!(topics(&tasks), told);
+    let message = ["/tasks/start", "/tasks/exec-started", "/tasks/paused", "/tasks/resumed", "/tasks/oom"];
+    assert_eq!(topics(&tasks), message);
 }
 
 #[tokio::test]
@@ -120,7 +120,7 @@ fn is_pending(future: &mut (impl Future<Output = ()> + Unpin)) -> bool {
 }
 
 #[tokio::test]
-async fn who_waits_for_a_process_that_is_deleted_unstarted_is_told() {
+async fn who_waits_for_a_process_that_is_deleted_unstarted_is_reported() {
     let mut tasks = book();
     let exec = Name::new("one", "x");
     tasks.add_exec(&exec, Stdio::default()).unwrap();
@@ -146,11 +146,11 @@ fn names_are_taken_once_and_missing_ones_are_named() {
 }
 
 proptest! {
-    /// Whatever comes in whatever order: of each process the start is told before the exit and each once, what waits for an exit
-    /// hears the one that was told, and pauses and resumes alternate.
+    /// Whatever comes in whatever order: of each process the start is published before the exit and each once, what waits for an exit
+    /// gets the one that was published, and pauses and resumes alternate.
     #[test]
-    fn what_is_told_is_true_and_in_order(steps in proptest::collection::vec((0usize..4, 0u32..12), 0..80)) {
-        let mut tasks = Tasks::new(Heard::default());
+    fn what_is_reported_is_true_and_in_order(steps in proptest::collection::vec((0usize..4, 0u32..12), 0..80)) {
+        let mut tasks = Tasks::new(Recorded::default());
         let names = ["", "x", "y", "z"].map(|exec| Name::new("one", exec));
         tasks.add_container("one", "/b", Stdio::default()).unwrap();
         let mut asked = BTreeMap::<&Name, bool>::new();
@@ -176,10 +176,10 @@ proptest! {
                 _ => {}
             }
         }
-        let heard = tasks.news.0.lock().unwrap().clone();
+        let recorded = tasks.events.0.lock().unwrap().clone();
         let places = |topics: &[&str], word: &str| -> Vec<usize> {
             let is = |line: &&String| topics.contains(&line.split(' ').next().unwrap()) && line.contains(word);
-            heard.iter().enumerate().filter(|(_, line)| is(line)).map(|(place, _)| place).collect()
+            recorded.iter().enumerate().filter(|(_, line)| is(line)).map(|(place, _)| place).collect()
         };
         for name in &names {
             let starts = match name.exec.as_str() {
@@ -187,9 +187,9 @@ proptest! {
                 exec => places(&["/tasks/exec-started"], &format!("exec_id: {exec:?}")),
             };
             let exits = places(&["/tasks/exit"], &format!(" id: {:?}", name.id()));
-            prop_assert!(starts.len() <= 1 && exits.len() <= 1, "{heard:?}");
+            prop_assert!(starts.len() <= 1 && exits.len() <= 1, "{recorded:?}");
             if let ([start], [exit]) = (&starts[..], &exits[..]) {
-                prop_assert!(start < exit, "{heard:?}");
+                prop_assert!(start < exit, "{recorded:?}");
             }
             let Ok(entry) = tasks.entry(name) else { continue };
             prop_assert_eq!(entry.exit.borrow().is_some(), exits.len() == 1);
@@ -197,7 +197,7 @@ proptest! {
         }
         let moves = places(&["/tasks/paused", "/tasks/resumed"], "");
         for (n, place) in moves.into_iter().enumerate() {
-            prop_assert_eq!(heard[place].starts_with("/tasks/paused"), n % 2 == 0, "{:?}", heard);
+            prop_assert_eq!(recorded[place].starts_with("/tasks/paused"), n % 2 == 0, "{:?}", recorded);
         }
     }
 }

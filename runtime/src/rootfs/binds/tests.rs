@@ -57,11 +57,11 @@ impl Stage {
 }
 
 fn refused(bind: &Bind, words: &[&str]) {
-    let told = open(std::slice::from_ref(bind)).expect_err("it is refused").to_string();
-    assert_eq!(check(std::slice::from_ref(bind)).expect_err("before, too").to_string(), told);
+    let message = open(std::slice::from_ref(bind)).expect_err("refused").to_string();
+    assert_eq!(check(std::slice::from_ref(bind)).expect_err("before, too").to_string(), message);
     let source = format!("{:?}", bind.source);
     for word in words.iter().copied().chain(["mounts[7] (/inside)", &source]) {
-        assert!(told.contains(word), "{word}: {told}");
+        assert!(message.contains(word), "{word}: {message}");
     }
 }
 
