@@ -62,7 +62,7 @@ pub enum LaunchError {
     /// The system refused something.
     #[error("cannot {what}: {source}")]
     System {
-        /// What.
+        /// What was tried.
         what: String,
         /// The error.
         source: io::Error,
