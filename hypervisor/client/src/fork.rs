@@ -20,6 +20,8 @@ use nix::{
     unistd::{Pid, pipe2},
 };
 
+use crate::process::open_pidfd;
+
 /// include/uapi/linux/sched.h
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
@@ -49,8 +51,19 @@ pub(crate) struct Program<'a> {
     pub(crate) descriptors: Vec<(RawFd, RawFd)>,
     /// Where it is born: a cgroup's directory.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
-    /// Whether it gets a network namespace of its own, empty but for a loopback interface that is down.
-    pub(crate) own_network: bool,
+    /// What it gets of its own.
+    pub(crate) own: Own,
+}
+
+/// A namespace that a program starts in, alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Own {
+    /// None: it is in those of this process.
+    Nothing,
+    /// A network namespace, empty but for a loopback interface that is down.
+    Network,
+    /// A pid namespace, whose first process it is: it sees no other process, and all that it starts end with it.
+    Pids,
 }
 
 /// Pointers to strings, with the null pointer at the end that execve wants.
@@ -81,10 +94,12 @@ impl Program<'_> {
         // Out of the way of what the program gets.
         let tells = duplicate(end.as_fd(), floor)?;
         drop(end);
-        let parent = std::process::id();
-        let flags = if self.cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };
+        // In a pid namespace of its own the child does not see whether its parent has changed.
+        let parent = open_pidfd(Pid::this())?;
+        let into_cgroup = if self.cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };
+        let new_pids = if self.own == Own::Pids { libc::CLONE_NEWPID as u64 } else { 0 };
         let args = CloneArgs {
-            flags,
+            flags: into_cgroup | new_pids,
             exit_signal: libc::SIGCHLD as u64,
             cgroup: self.cgroup.map_or(0, |cgroup| cgroup.as_raw_fd() as u64),
             ..CloneArgs::default()
@@ -101,10 +116,11 @@ impl Program<'_> {
                     unsafe {
                         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
                         // The parent may have died before the line above took effect.
-                        if libc::getppid() as u32 != parent {
+                        let mut ended = libc::pollfd { fd: parent.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+                        if libc::poll(&raw mut ended, 1, 0) != 0 {
                             return libc::ESRCH;
                         }
-                        if self.own_network && libc::unshare(libc::CLONE_NEWNET) < 0 {
+                        if self.own == Own::Network && libc::unshare(libc::CLONE_NEWNET) < 0 {
                             return *libc::__errno_location();
                         }
                         for (from, to) in &self.descriptors {

@@ -18,7 +18,7 @@ use nix::{libc, sys::signal::Signal, unistd::Pid};
 use tokio::io::Interest;
 
 use crate::{
-    fork::{Program, duplicate},
+    fork::{Own, Program, duplicate},
     packet,
 };
 
@@ -65,8 +65,23 @@ pub fn spawn_monitor(
     let (ours, theirs) =
         packet::pair().map_err(|source| SpawnError::Prepare { program: program.to_owned(), source })?;
     let descriptors = [(theirs.as_fd(), CONTROL_FD)];
-    let child = Child::spawn_with::<&str>(program, &[], &descriptors, log, cgroup, true)?;
+    let child = Child::spawn_with::<&str>(program, &[], &descriptors, log, cgroup, Own::Network)?;
     Ok((child, ours))
+}
+
+/// Starts caisson-fsd as [`Child::spawn_in`] does, as the first process of a pid namespace of its own, which it insists on.
+/// The system sends it no signal but SIGKILL and SIGSTOP unless it has a handler for it.
+///
+/// # Errors
+/// See [`SpawnError`].
+pub fn spawn_file_server<A: AsRef<OsStr>>(
+    program: &Path,
+    arguments: &[A],
+    descriptors: &[(BorrowedFd<'_>, RawFd)],
+    log: BorrowedFd<'_>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<Child, SpawnError> {
+    Child::spawn_with(program, arguments, descriptors, log, cgroup, Own::Pids)
 }
 
 impl Child {
@@ -95,7 +110,7 @@ impl Child {
         log: BorrowedFd<'_>,
         cgroup: Option<BorrowedFd<'_>>,
     ) -> Result<Self, SpawnError> {
-        Self::spawn_with(program, arguments, descriptors, log, cgroup, false)
+        Self::spawn_with(program, arguments, descriptors, log, cgroup, Own::Nothing)
     }
 
     fn spawn_with<A: AsRef<OsStr>>(
@@ -104,7 +119,7 @@ impl Child {
         descriptors: &[(BorrowedFd<'_>, RawFd)],
         log: BorrowedFd<'_>,
         cgroup: Option<BorrowedFd<'_>>,
-        own_network: bool,
+        own: Own,
     ) -> Result<Self, SpawnError> {
         let prepare = |source| SpawnError::Prepare { program: program.to_owned(), source };
         // Copies above every target number, so that no dup2 in the child overwrites a source that is still to come.
@@ -120,7 +135,7 @@ impl Child {
             arguments: arguments.iter().map(AsRef::as_ref).collect(),
             descriptors: copies.iter().map(|(copy, number)| (copy.as_raw_fd(), *number)).collect(),
             cgroup,
-            own_network,
+            own,
         };
         let started = program_to_start.start(floor);
         let pid = started.map_err(|source| SpawnError::Exec { program: program.to_owned(), source })?;
@@ -288,6 +303,28 @@ mod tests {
         assert_ne!(of(&child.pid().to_string()), of("self"));
         let other = Child::spawn(Path::new("/bin/sleep"), &["1000"], &[], null().as_fd()).unwrap();
         assert_eq!(of(&other.pid().to_string()), of("self"));
+    }
+
+    #[tokio::test]
+    async fn a_file_server_is_the_first_process_of_a_pid_namespace_and_dies_with_the_thread_that_started_it() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let (started, log) = (theirs.try_clone().unwrap(), null());
+        let starter = std::thread::spawn(move || {
+            let script = "echo $$ >&3; exec sleep 1000";
+            let (descriptors, program) = ([(started.as_fd(), 3)], Path::new("/bin/sh"));
+            let child = spawn_file_server(program, &["-c", script], &descriptors, log.as_fd(), None);
+            let child = child.expect("these tests run as root");
+            let mut line = [0; 2];
+            ours.read_exact(&mut line).unwrap();
+            let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).unwrap();
+            (child.pid(), line, of(&child.pid().to_string()) == of("self"), child)
+        });
+        drop(theirs);
+        let (pid, line, same, mut child) = starter.join().unwrap();
+        assert_eq!((&line, same), (b"1\n", false));
+        assert!(pid > 1);
+        let status = timeout(LIMIT, child.wait()).await.expect("it dies").unwrap();
+        assert_eq!(status.signal(), Some(9));
     }
 
     #[test]

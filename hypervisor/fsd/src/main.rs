@@ -10,6 +10,7 @@
 use std::{
     os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
     process::ExitCode,
+    sync::Barrier,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -56,29 +57,42 @@ fn run(log: &Logger) -> Result<()> {
     let each = usize::try_from(jail.descriptors)? / sockets.len();
     let nodes = each.saturating_sub(RESERVED_DESCRIPTORS);
     ensure!(nodes > 0, "at most {} descriptors are allowed, {RESERVED_DESCRIPTORS} are too few", jail.descriptors);
-    let mut threads = Vec::new();
+    let mut sessions = Vec::new();
     for (socket, sharing) in sockets {
         let (root, proc_fds) = (jail.root.try_clone()?, jail.proc_fds.try_clone()?);
         let tree =
             Tree::new(root, proc_fds, nodes.min(max_files), sharing).context("looking at the shared directory")?;
-        let session = Session::new(socket, tree, log.clone())?;
-        // A thread of its own, because it changes its user all the time and the main thread must not (see jail::enter).
-        let serve = move || serve(&session);
-        threads.push(std::thread::Builder::new().name("fs".into()).stack_size(STACK).spawn(serve)?);
+        sessions.push(Session::new(socket, tree, log.clone())?);
     }
     drop(jail);
-    for thread in threads {
-        if thread.join().is_err() {
-            bail!("a serving thread panicked");
+    // All threads wait here twice: when they are ready for the filter (see caisson_fsd::jail), and until it is there.
+    let gate = Barrier::new(sessions.len() + 1);
+    std::thread::scope(|scope| {
+        let start = || {
+            for session in &sessions {
+                // A thread of its own, because it changes its user all the time and the main thread must not (see
+                // jail::enter).
+                let thread = std::thread::Builder::new().name("fs".into()).stack_size(STACK);
+                thread.spawn_scoped(scope, || serve(session, &gate))?;
+            }
+            gate.wait();
+            jail::filter::install()?;
+            gate.wait();
+            anyhow::Ok(())
+        };
+        if let Err(error) = start() {
+            // The threads that wait would wait for ever.
+            error!(log, "{:#}", error);
+            std::process::exit(1);
         }
-    }
+    });
     info!(log, "the monitor closed its end");
     Ok(())
 }
 
 /// Serves one socket until it closes. When that fails the process ends, whatever the other does: half a file server is
 /// none.
-fn serve(session: &Session) {
+fn serve(session: &Session, gate: &Barrier) {
     /// Ends the process if the thread panics.
     struct Bomb;
     impl Drop for Bomb {
@@ -91,8 +105,10 @@ fn serve(session: &Session) {
     let _bomb = Bomb;
     // The umask, which each request sets, is a thread's own only if its working directory is.
     // SAFETY: no FILES flag: the table of descriptors stays as it is.
-    let served = unsafe { unshare_unsafe(UnshareFlags::FS) }.and_then(|()| session.run());
-    if let Err(errno) = served {
+    let unshared = unsafe { unshare_unsafe(UnshareFlags::FS) };
+    gate.wait();
+    gate.wait();
+    if let Err(errno) = unshared.and_then(|()| session.run()) {
         error!(session.log(), "the socket to the monitor failed"; "error" => %errno);
         std::process::exit(1);
     }

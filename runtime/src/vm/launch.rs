@@ -10,7 +10,8 @@ use std::{
 
 use caisson_protos::guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG};
 use caisson_vmm_client::{
-    CallError, Child, Console, Machine, Memory, SpawnError, Vsock, control, packet, process::spawn_monitor,
+    CallError, Child, Console, Machine, Memory, SpawnError, Vsock, control, packet,
+    process::{spawn_file_server, spawn_monitor},
 };
 use nix::{
     fcntl::OFlag,
@@ -161,7 +162,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         arguments.extend(["--host-socket-fd", "5"]);
         descriptors.push((socket.as_fd(), 5));
     }
-    let fsd = Child::spawn_in(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
+    let fsd = spawn_file_server(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
     record(paths, &vmm, &fsd)?;
     for child in [&vmm, &fsd] {
         // It may be refused to a shim of few rights; then the pod goes a little before its time.
