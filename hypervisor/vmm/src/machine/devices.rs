@@ -27,10 +27,10 @@ pub fn build(
     fds: &mut Descriptors,
     log: &Logger,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, MachineError> {
-    at_most("disks", config.disks.len(), MAX_DISKS)?;
-    at_most("shares", config.shares.len(), MAX_SHARES)?;
-    different("disks", config.disks.iter().map(|disk| &disk.serial))?;
-    different("shares", config.shares.iter().map(|share| &share.tag))?;
+    check_count("disks", config.disks.len(), MAX_DISKS)?;
+    check_count("shares", config.shares.len(), MAX_SHARES)?;
+    check_unique("disks", config.disks.iter().map(|disk| &disk.serial))?;
+    check_unique("shares", config.shares.iter().map(|share| &share.tag))?;
 
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng)];
     if let Some(vsock) = &config.vsock {
@@ -67,15 +67,15 @@ fn block(index: usize, config: &DiskConfig, fds: &mut Descriptors, log: &Logger)
         .map_err(|source| MachineError::Device { what, source: source.into() })
 }
 
-fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {
+fn check_count(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {
     if count > max { Err(MachineError::TooMany { what, count, max }) } else { Ok(()) }
 }
 
 /// The guest tells disks and shares apart by these names; several disks may have none.
-fn different<'a>(what: &'static str, names: impl Iterator<Item = &'a String>) -> Result<(), MachineError> {
+fn check_unique<'a>(what: &'static str, names: impl Iterator<Item = &'a String>) -> Result<(), MachineError> {
     let mut seen = BTreeSet::new();
     match names.filter(|name| !name.is_empty()).find(|name| !seen.insert(*name)) {
-        Some(name) => Err(MachineError::Twice { what, name: name.clone() }),
+        Some(name) => Err(MachineError::DuplicateName { what, name: name.clone() }),
         None => Ok(()),
     }
 }

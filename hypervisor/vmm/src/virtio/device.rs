@@ -1,7 +1,7 @@
 //! What a virtio device is to its transport.
 //!
 //! The transport owns registers, feature negotiation, queues and the interrupt; a device owns its meaning. Everything
-//! happens on the device thread, one call at a time: a device needs no lock. After each call the transport sends one
+//! happens on the device thread, one call at a time: a device needs no lock, and must not block. After each call the transport sends one
 //! interrupt if any completed chain needs it, so a device that handles many chains in a call costs one interrupt.
 
 use std::os::fd::RawFd;

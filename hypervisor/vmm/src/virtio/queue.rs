@@ -1,7 +1,7 @@
 //! A virtqueue as devices see it: [`VirtQueue::pop`] gives checked chains, [`VirtQueue::complete`] returns them.
 //!
 //! Ring and index handling is the virtio-queue crate's; what this adds is the check of a whole chain before a device
-//! sees any of it: readable before writable descriptors, every byte in guest memory, a proper end.
+//! sees any of it: readable before writable descriptors, every byte in guest memory, a last descriptor.
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
@@ -30,8 +30,8 @@ pub enum QueueError {
     #[error("chain {0}: a readable descriptor follows a writable one")]
     Order(u16),
     /// The chain loops, names a descriptor outside the table, or its indirect table is malformed.
-    #[error("chain {0}: no proper end")]
-    End(u16),
+    #[error("unterminated descriptor chain {0}")]
+    Unterminated(u16),
     /// More descriptors than the queue has (2.7.5.3.1), in an indirect table.
     #[error("chain {head}: more descriptors than the {size} of its queue")]
     Descriptors {
@@ -108,7 +108,7 @@ impl VirtQueue {
             chain.push(memory, &descriptor, count, size)?;
             ended = !descriptor.has_next();
         }
-        if ended { Ok(Some(chain)) } else { Err(QueueError::End(chain.head)) }
+        if ended { Ok(Some(chain)) } else { Err(QueueError::Unterminated(chain.head)) }
     }
 
     /// Puts the chain that [`Self::pop`] gave last back, so that the next pop gives it again. At most once for each pop.
@@ -129,16 +129,16 @@ impl VirtQueue {
         loop {
             // `left` ends a loop: a chain has no more descriptors than its table.
             if index >= size || left == 0 {
-                return Err(QueueError::End(head));
+                return Err(QueueError::Unterminated(head));
             }
             left -= 1;
             let address = table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_LEN));
             let descriptor = address.and_then(|at| memory.read_obj::<Descriptor>(at).ok());
-            let descriptor = descriptor.ok_or(QueueError::End(head))?;
+            let descriptor = descriptor.ok_or(QueueError::Unterminated(head))?;
             if descriptor.refers_to_indirect_table() {
                 let entries = u16::try_from(descriptor.len() / u32::from(DESCRIPTOR_LEN)).unwrap_or(0);
                 if indirect || descriptor.len() % u32::from(DESCRIPTOR_LEN) != 0 {
-                    return Err(QueueError::End(head));
+                    return Err(QueueError::Unterminated(head));
                 }
                 (table, size, index, left, indirect) = (descriptor.addr(), entries, 0, entries, true);
                 continue;
