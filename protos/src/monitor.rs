@@ -131,7 +131,7 @@ pub struct ConsoleConfig {
 pub struct VsockConfig {
     /// The guest's context id, 3 or more.
     pub guest_cid: u64,
-    /// Host to guest: a listening SOCK_STREAM Unix socket. Whoever connects writes `CONNECT <guest port>\n`, reads
+    /// Host to guest: a listening SOCK_STREAM Unix socket. A client writes `CONNECT <guest port>\n`, reads
     /// `OK <host port>\n` when the guest has accepted (or finds the socket closed when it has refused), and then owns one stream.
     pub listener: DescriptorIndex,
     /// Guest to host: a SOCK_SEQPACKET Unix socket. For each stream that the guest opens to CID 2 the monitor makes a
@@ -233,7 +233,7 @@ pub enum CodecError {
     /// Another version of Caisson at the other end.
     #[error("control packet has version {0}, expected {VERSION}: install the parts of one Caisson release together")]
     Version(u8),
-    /// Nothing in it.
+    /// A packet without bytes.
     #[error("empty control packet")]
     Empty,
     /// Larger than [`MAX_PACKET`].

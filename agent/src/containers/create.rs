@@ -14,6 +14,7 @@ use tokio::sync::RwLock;
 
 use super::{
     Container, Containers, Error, check_name,
+    delete::KILL_LIMIT,
     error::Result,
     lock, outside,
     process::{Pending, Process},
@@ -258,12 +259,14 @@ impl Containers {
             }
         };
         if let Err(error) = enter(&mut stage, limit).await {
-            // A stage that told why ends by itself, with a status that says so; one that is stuck must not stay.
+            // A stage that reported its failure ends by itself, with a status that says so; one that is stuck must not stay.
             if !matches!(error, Error::Stage(_))
                 && let Ok(pid) = process.target()
             {
                 let _ = sys::kill(pid, libc::SIGKILL);
             }
+            // The caller may delete it at once, which it may not while it runs.
+            let _ = tokio::time::timeout(KILL_LIMIT, process.ended()).await;
             return Err(error);
         }
         process.entered();

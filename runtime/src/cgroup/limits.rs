@@ -12,7 +12,7 @@
 //! have freed, so a lower value would kill the machine of a container that keeps to its limit.
 
 use crate::{
-    config::Config,
+    host::config::Config,
     resources::{Asked, Limit, size::MachineSize},
 };
 

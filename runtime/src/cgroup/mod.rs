@@ -28,7 +28,7 @@ use nix::{
     sys::statfs::{CGROUP2_SUPER_MAGIC, statfs},
 };
 
-use crate::paths::allow_missing;
+use crate::host::paths::allow_missing;
 use limits::Setting;
 
 /// Where the hierarchy is mounted.
@@ -156,7 +156,7 @@ impl HostCgroup {
         &self.path
     }
 
-    /// Its directory, open: where processes are born.
+    /// Its directory, open: to spawn processes into.
     ///
     /// # Errors
     /// The kernel's.
@@ -201,7 +201,7 @@ impl HostCgroup {
         Ok(())
     }
 
-    /// Whether a setting asks for no limit where there can be none, or for no swap where there is none.
+    /// Whether a setting asks for no limit where the file does not exist, or for no swap where the kernel has no swap accounting.
     fn is_void(&self, setting: &Setting) -> bool {
         let none = setting.value == "max" || setting.value.starts_with("max ");
         (none || setting.file == "memory.swap.max" && setting.value == "0") && !self.path.join(&setting.file).exists()
@@ -226,7 +226,7 @@ impl HostCgroup {
 
 impl Drop for HostCgroup {
     fn drop(&mut self) {
-        // Nobody is told: whoever cares calls `remove`.
+        // An error is not reported here: `remove` reports it.
         let _ = remove(&self.path);
     }
 }
@@ -280,7 +280,7 @@ fn wait_until_empty(path: &Path) -> io::Result<()> {
 }
 
 /// Hands controllers down from `directory`: each by itself, because one that cannot be would take the others with it.
-/// What is then missing below is told to who asks for it.
+/// What is then missing below is reported when it is asked for.
 fn enable(directory: &Path) {
     let read = |name| fs::read_to_string(directory.join(name)).unwrap_or_default();
     let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));

@@ -2,7 +2,7 @@
 //! machine keeps its size for life, so a later Update beyond it is an error.
 
 use super::{Asked, Limit, ResourceError};
-use crate::config::Config;
+use crate::host::config::Config;
 
 const MIB: u64 = 1 << 20;
 
