@@ -44,6 +44,9 @@ fn make(violation: Violation, (number, arguments): Call) -> (ExitStatus, String)
 const WRITABLE: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
 const ANONYMOUS: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
 const NONE: [u64; 4] = [0; 4];
+/// Of include/uapi/asm-generic/ioctls.h: musl and glibc have them in different types.
+const TIOCSTI: u64 = 0x5412;
+const FIONREAD: u64 = 0x541b;
 
 #[test]
 fn a_forbidden_call_kills() {
@@ -98,8 +101,8 @@ fn a_forbidden_call_kills() {
         (libc::SYS_remap_file_pages, NONE),
         (libc::SYS_personality, NONE),
         // Commands.
-        (libc::SYS_ioctl, [0, libc::TIOCSTI, 0, 0]),
-        (libc::SYS_ioctl, [0, libc::FIONREAD, 0, 0]),
+        (libc::SYS_ioctl, [0, TIOCSTI, 0, 0]),
+        (libc::SYS_ioctl, [0, FIONREAD, 0, 0]),
         (libc::SYS_fcntl, [0, libc::F_SETOWN as u64, 0, 0]),
         (libc::SYS_fcntl, [0, libc::F_SETFL as u64, 0, 0]),
         (libc::SYS_fcntl, [0, libc::F_SETLEASE as u64, 0, 0]),
@@ -157,6 +160,7 @@ fn what_both_c_libraries_ask_for_is_allowed() {
         (libc::SYS_tkill, [u64::MAX, libc::SIGABRT as u64, 0, 0]),
         (libc::SYS_fcntl, [2, libc::F_OFD_GETLK as u64, 0, 0]),
         (libc::SYS_fcntl, [2, libc::F_DUPFD_CLOEXEC as u64, 0, 0]),
+        (libc::SYS_fcntl, [2, libc::F_SETFD as u64, 0, 0]),
         (libc::SYS_ioctl, [2, 0x8008_6601, 0, 0]),
         (libc::SYS_clock_gettime, NONE),
         (libc::SYS_getrandom, NONE),

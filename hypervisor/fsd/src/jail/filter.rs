@@ -107,9 +107,11 @@ const ANY: &[libc::c_long] = &[
     libc::SYS_sigaltstack,
 ];
 
-/// The commands of ioctl(2) that lsattr and chattr use (include/uapi/linux/fs.h).
+/// The commands of ioctl(2) that lsattr, chattr and xfs_io use (include/uapi/linux/fs.h).
 const FS_IOC_GETFLAGS: u64 = 0x8008_6601;
 const FS_IOC_SETFLAGS: u64 = 0x4008_6602;
+const FS_IOC_FSGETXATTR: u64 = 0x801c_581f;
+const FS_IOC_FSSETXATTR: u64 = 0x401c_5820;
 
 /// Calls that are allowed if an argument, which the kernel takes as 32 bits, has one of some values: the call, which argument, values.
 const ONE_OF: &[(libc::c_long, u8, &[u64])] = &[
@@ -120,11 +122,13 @@ const ONE_OF: &[(libc::c_long, u8, &[u64])] = &[
             libc::F_DUPFD_CLOEXEC as u64,
             libc::F_OFD_GETLK as u64,
             libc::F_OFD_SETLK as u64,
+            // musl marks what F_DUPFD_CLOEXEC has made once more.
+            libc::F_SETFD as u64,
             // Debug builds look before they close a descriptor.
             libc::F_GETFD as u64,
         ],
     ),
-    (libc::SYS_ioctl, 1, &[FS_IOC_GETFLAGS, FS_IOC_SETFLAGS]),
+    (libc::SYS_ioctl, 1, &[FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR]),
     // abort(3), and the handler of stack overflows that Rust has installed.
     (libc::SYS_rt_sigaction, 0, &[libc::SIGABRT as u64, libc::SIGBUS as u64, libc::SIGSEGV as u64]),
     (libc::SYS_tgkill, 2, &[libc::SIGABRT as u64]),
