@@ -25,7 +25,8 @@
 //!
 //! *Half-close.* SHUTDOWN says that its sender will send no more, receive no more, or both; bits add up. The host's end
 //! of file becomes SHUTDOWN(send), and the guest's SHUTDOWN(send) becomes shutdown(2) of the host socket, but only when
-//! every byte before it was delivered. When the guest has shut both directions it waits for our RST as an acknowledgement.
+//! every byte before it was delivered. When the guest has shut both directions it waits for our RST as an acknowledgement;
+//! when the host has, the guest owes the RST, and is not waited for without end.
 //!
 //! *Credit.* Each side tells in every packet how large its buffer is (`buf_alloc`) and how many bytes left it so far
 //! (`fwd_cnt`, modulo 2^32). The other may have at most `buf_alloc - (sent - fwd_cnt)` further bytes on the way. So
@@ -237,10 +238,14 @@ impl Connection {
         self.owes_credit_update |= !self.guest_over.send && news >= self.window.div_ceil(2).max(1);
     }
 
+    /// Whether bytes from the host, or their end, are still to be sent to the guest.
+    pub fn wants_host_data(&self) -> bool {
+        self.phase == Phase::Open && !self.guest_over.receive && !self.host_over.send
+    }
+
     /// How many bytes from the host may be sent to the guest now.
     pub fn sendable(&self) -> u32 {
-        let open = self.phase == Phase::Open && !self.guest_over.receive && !self.host_over.send;
-        if open { self.credit() } else { 0 }
+        if self.wants_host_data() { self.credit() } else { 0 }
     }
 
     /// The header for `len` bytes of data, at most [`Self::sendable`], which are thereby sent.
@@ -264,12 +269,21 @@ impl Connection {
         self.forwarded = self.received;
     }
 
-    /// The time for the guest's answer is over. Without meaning once it has answered.
+    /// The time for the guest's answer is over: to REQUEST, or to the SHUTDOWN of both directions. Without meaning when
+    /// neither is awaited.
     pub fn expire(&mut self) {
         if self.phase == Phase::Requesting {
             // A guest that never saw the REQUEST needs no RST.
             self.end(if self.owes_opening { Phase::Gone } else { Phase::Resetting });
+        } else if self.awaits_reset() {
+            self.end(Phase::Resetting);
         }
+    }
+
+    /// Whether the guest was told that both directions are over and has not answered with RST yet. Linux does so only when its
+    /// program has read everything or closed its socket.
+    pub fn awaits_reset(&self) -> bool {
+        self.phase == Phase::Open && self.told.is_both()
     }
 
     /// Whether the guest's answer is awaited.

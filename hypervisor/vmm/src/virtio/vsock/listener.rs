@@ -6,6 +6,8 @@
 //!   monitor:   accept        read the line ── REQUEST ─► guest ─┘ RESPONSE
 //! ```
 //!
+//! A client that closes its socket before it has read the answer has given up: its stream is reset, whatever it sent.
+//!
 //! The line is looked at without being taken from the socket until it is complete, so nothing of it is stored here,
 //! and what the client sends right behind it stays where the stream will read it. A client has to be quick: when
 //! too many have not finished their line, the oldest is dropped, and none has longer than the device's time limit.
@@ -23,7 +25,11 @@ use rustix::{
     net::{RecvFlags, SocketFlags},
 };
 
-use super::{super::Poll, Source, host::READ_EVENTS};
+use super::{
+    super::Poll,
+    Source,
+    host::{READ_EVENTS, discard_unread},
+};
 
 /// Clients accepted in one go.
 const MAX_ACCEPTS: usize = 32;
@@ -92,6 +98,8 @@ pub struct Listener {
     limit: usize,
     next_number: u32,
     watched: bool,
+    /// Not watched before this time, because the process had no descriptor for another client.
+    rests_until: Option<Instant>,
 }
 
 impl Listener {
@@ -101,14 +109,18 @@ impl Listener {
     /// If it cannot be made non-blocking.
     pub fn new(socket: OwnedFd, limit: usize) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(Self { socket, greetings: VecDeque::new(), limit, next_number: 0, watched: false })
+        Ok(Self { socket, greetings: VecDeque::new(), limit, next_number: 0, watched: false, rests_until: None })
     }
 
-    /// Begins to listen, if it does not.
+    /// Begins to listen, if it does not and does not rest.
     ///
     /// # Errors
     /// The system call's.
-    pub fn watch(&mut self, poll: &mut dyn Poll) -> io::Result<()> {
+    pub fn watch(&mut self, now: Instant, poll: &mut dyn Poll) -> io::Result<()> {
+        if self.rests_until.is_some_and(|until| now < until) {
+            return Ok(());
+        }
+        self.rests_until = None;
         if !self.watched {
             poll.add(self.socket.as_raw_fd(), Source::Listener.token(), EventSet::IN)?;
             self.watched = true;
@@ -116,8 +128,18 @@ impl Listener {
         Ok(())
     }
 
-    /// Stops to listen; clients wait in the kernel.
-    pub fn rest(&mut self, poll: &mut dyn Poll) {
+    /// Does not listen before `until`; clients wait in the kernel.
+    pub fn rest(&mut self, until: Instant, poll: &mut dyn Poll) {
+        self.rests_until = Some(until);
+        self.unwatch(poll);
+    }
+
+    /// When it wants to listen again.
+    pub fn rests_until(&self) -> Option<Instant> {
+        self.rests_until
+    }
+
+    fn unwatch(&mut self, poll: &mut dyn Poll) {
         if std::mem::take(&mut self.watched) {
             poll.remove(self.socket.as_raw_fd());
         }
@@ -125,7 +147,8 @@ impl Listener {
 
     /// Stops to listen and drops the unfinished clients.
     pub fn reset(&mut self, poll: &mut dyn Poll) {
-        self.rest(poll);
+        self.rests_until = None;
+        self.unwatch(poll);
         for greeting in std::mem::take(&mut self.greetings) {
             poll.remove(greeting.socket.as_raw_fd());
         }
@@ -149,8 +172,13 @@ impl Listener {
             };
             match take_line(socket.as_fd()) {
                 Line::Connect { port, .. } => callers.push(Caller { socket, port, watched: false }),
-                Line::Partial => self.greet(socket, deadline, poll)?,
-                Line::Malformed => {}
+                Line::Partial => match self.greet(socket, deadline, poll) {
+                    Ok(()) => {}
+                    // As above. The client itself is lost: it cannot be watched.
+                    Err(_) if !callers.is_empty() => break,
+                    Err(error) => return Err(error),
+                },
+                Line::Malformed => discard_unread(&socket),
             }
         }
         Ok(callers)
@@ -159,12 +187,13 @@ impl Listener {
     fn greet(&mut self, socket: OwnedFd, deadline: Instant, poll: &mut dyn Poll) -> io::Result<()> {
         let number = self.next_number;
         self.next_number = Source::next_greeting(number);
-        poll.add(socket.as_raw_fd(), Source::Greeting(number).token(), READ_EVENTS)?;
+        poll.add(socket.as_raw_fd(), Source::Greeting(number).token(), READ_EVENTS)
+            .inspect_err(|_| discard_unread(&socket))?;
         self.greetings.push_back(Greeting { number, socket, deadline });
         if self.greetings.len() > self.limit
             && let Some(oldest) = self.greetings.pop_front()
         {
-            poll.remove(oldest.socket.as_raw_fd());
+            refuse(&oldest, poll);
         }
         Ok(())
     }
@@ -181,7 +210,7 @@ impl Listener {
         match line {
             Line::Connect { port, .. } => Some(Caller { socket: greeting.socket, port, watched: true }),
             Line::Partial | Line::Malformed => {
-                poll.remove(greeting.socket.as_raw_fd());
+                refuse(&greeting, poll);
                 None
             }
         }
@@ -193,11 +222,17 @@ impl Listener {
             if oldest.deadline > now {
                 return Some(oldest.deadline);
             }
-            poll.remove(oldest.socket.as_raw_fd());
+            refuse(oldest, poll);
             self.greetings.pop_front();
         }
         None
     }
+}
+
+/// Before a greeting is dropped.
+fn refuse(greeting: &Greeting, poll: &mut dyn Poll) {
+    poll.remove(greeting.socket.as_raw_fd());
+    discard_unread(&greeting.socket);
 }
 
 /// Takes a complete line out of the socket, and nothing else.

@@ -65,6 +65,16 @@ fn a_refused_or_late_request_ends() {
     let mut accepted = open();
     accepted.expire();
     assert_eq!(accepted.sendable(), 500);
+
+    let mut finished = open();
+    finished.host_finished();
+    finished.host_deaf();
+    finished.expire();
+    assert_eq!(due(&mut finished), [Op::Shutdown], "the guest did not hear of it before");
+    assert!(finished.awaits_reset());
+    finished.expire();
+    assert_eq!(due(&mut finished), [Op::Reset]);
+    assert!(finished.is_over());
 }
 
 #[test]
