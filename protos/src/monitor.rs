@@ -29,7 +29,7 @@ pub const MAX_PACKET: usize = 64 * 1024;
 /// The most descriptors that one packet carries (Linux allows 253, SCM_MAX_FD in include/net/scm.h).
 pub const MAX_DESCRIPTORS: usize = 64;
 
-/// Which of the packet's descriptors is meant, counted from 0.
+/// Index of one of the packet's descriptors, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DescriptorIndex(pub u8);
 

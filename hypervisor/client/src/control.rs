@@ -42,7 +42,7 @@ pub enum CallError {
 pub enum Ended {
     /// It said why.
     Notice(ExitNotice),
-    /// It closed its end without a word: it was killed or it failed very early.
+    /// It closed its end without a notice: it was killed or it failed very early.
     Closed,
     /// It broke the protocol; end its process.
     Broken(String),
@@ -62,7 +62,7 @@ pub struct Control {
     pending: Arc<Mutex<Pending>>,
 }
 
-/// Receives everything the monitor says.
+/// Receives everything that the monitor sends.
 #[derive(Debug)]
 pub struct Driver(Control);
 
@@ -113,7 +113,7 @@ const FIRST_FREE: u32 = 3;
 /// Takes over a socket on which [`configure_and_start`] was called: the control, its driver, and the two answers.
 ///
 /// # Errors
-/// What epoll says.
+/// The error of epoll.
 pub fn attach(socket: OwnedFd) -> io::Result<(Control, Driver, Answer, Answer)> {
     let (control, driver) = Control::new(socket)?;
     let (configured, started) = (control.expect(CONFIGURE), control.expect(START));
@@ -124,7 +124,7 @@ impl Control {
     /// A conversation on `socket`, and the driver that must run for it.
     ///
     /// # Errors
-    /// What epoll says.
+    /// The error of epoll.
     pub fn new(socket: OwnedFd) -> io::Result<(Self, Driver)> {
         let pending = Pending { next_id: FIRST_FREE, callers: Some(HashMap::new()) };
         let control = Self { socket: Arc::new(PacketSocket::new(socket)?), pending: Arc::new(Mutex::new(pending)) };

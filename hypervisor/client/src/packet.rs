@@ -20,7 +20,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// A connected pair of SOCK_SEQPACKET sockets, blocking, close-on-exec.
 ///
 /// # Errors
-/// What the system says, EMFILE for one.
+/// The error of socketpair(2), EMFILE for one.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
@@ -83,7 +83,7 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<
 /// Puts a descriptor into the current runtime's reactor.
 ///
 /// # Errors
-/// What epoll says; EPERM for a regular file.
+/// The error of epoll; EPERM for a regular file.
 pub fn register(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open for as long as it lives, always has the same number, and moves into the AsyncFd.
     unsafe { AsyncFd::register_with_interest(descriptor, interest) }.map_err(Into::into)
@@ -97,7 +97,7 @@ impl PacketSocket {
     /// Registers `socket` with the current runtime.
     ///
     /// # Errors
-    /// What epoll says.
+    /// The error of epoll.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         register(socket, Interest::READABLE | Interest::WRITABLE).map(Self)
     }

@@ -179,7 +179,7 @@ impl Child {
     /// Waits until it has ended, and reaps it.
     ///
     /// # Errors
-    /// What epoll or waitpid says.
+    /// The error of epoll or waitpid.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         if let Some(status) = self.reaped {
             return Ok(status);

@@ -19,7 +19,7 @@ impl GuestStreams {
     /// Registers the socket with the current runtime.
     ///
     /// # Errors
-    /// What epoll says.
+    /// The error of epoll.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         Ok(Self(PacketSocket::new(socket)?))
     }

@@ -120,7 +120,7 @@ impl Control {
         }
     }
 
-    /// Sends an answer or the exit notice. A parent that has gone does not matter: we shall hear of it.
+    /// Sends an answer or the exit notice. A parent that has gone does not matter: the next receive reports it.
     ///
     /// # Errors
     /// What the parent cannot be blamed for.

@@ -14,7 +14,7 @@ use rustix::{
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptorError {
     /// There are fewer.
-    #[error("{what}: descriptor {index} is meant, but only {count} came with the packet")]
+    #[error("{what}: descriptor index {index} out of range ({count} received)")]
     Missing {
         /// Its role.
         what: String,
@@ -24,7 +24,7 @@ pub enum DescriptorError {
         count: usize,
     },
     /// It has a role already.
-    #[error("{what}: descriptor {index} is already used for something else")]
+    #[error("{what}: descriptor {index} already in use")]
     Taken {
         /// Its role.
         what: String,
@@ -32,7 +32,7 @@ pub enum DescriptorError {
         index: u8,
     },
     /// There are more.
-    #[error("{0} descriptors of the packet are not mentioned in its message")]
+    #[error("{0} descriptors of the packet unused by its message")]
     Left(usize),
     /// Not what is needed.
     #[error("{what}: the descriptor is not {needed}")]
@@ -216,9 +216,9 @@ mod tests {
         let mut descriptors = one(tempfile::tempfile().unwrap());
         assert!(descriptors.file(FIRST, "kernel", Access::Read).is_ok());
         let again = descriptors.file(FIRST, "initramfs", Access::Read).unwrap_err();
-        assert_eq!(again.to_string(), "initramfs: descriptor 0 is already used for something else");
+        assert_eq!(again.to_string(), "initramfs: descriptor 0 already in use");
         let beyond = descriptors.file(DescriptorIndex(1), "disk 0", Access::Read).unwrap_err();
-        assert_eq!(beyond.to_string(), "disk 0: descriptor 1 is meant, but only 1 came with the packet");
+        assert_eq!(beyond.to_string(), "disk 0: descriptor index 1 out of range (1 received)");
         assert!(descriptors.finish().is_ok());
         assert!(matches!(one(null()).finish(), Err(DescriptorError::Left(1))));
     }

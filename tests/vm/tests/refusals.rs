@@ -188,11 +188,11 @@ fn descriptors_that_are_missing_left_over_or_used_twice() {
     let mut twice = config(0);
     twice.initramfs = Some(DescriptorIndex(0));
     for (config, count, words) in [
-        (config(0), 0, "only 0 came"),
-        (config(255), 3, "only 3 came"),
-        (config(0), 2, "1 descriptors of the packet are not mentioned"),
+        (config(0), 0, "index 0 out of range (0 received)"),
+        (config(255), 3, "index 255 out of range (3 received)"),
+        (config(0), 2, "1 descriptors of the packet unused"),
         (config(0), MAX_DESCRIPTORS, "63 descriptors"),
-        (twice, 1, "already used"),
+        (twice, 1, "already in use"),
     ] {
         let descriptors: Vec<OwnedFd> = (0..count).map(|_| good()).collect();
         let error = monitor.call_with(Request::Configure(Box::new(config)), &descriptors).unwrap_err();

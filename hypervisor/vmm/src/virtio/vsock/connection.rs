@@ -89,7 +89,7 @@ pub struct Connection {
     received: u32,
     /// Of these, bytes that reached the host socket (or that nobody wants).
     forwarded: u32,
-    /// `forwarded`, as the guest last heard it.
+    /// `forwarded`, as last sent to the guest.
     reported: u32,
 
     /// Size of the guest's buffer, bytes.
@@ -103,8 +103,8 @@ pub struct Connection {
     guest_over: Shutdown,
     /// Directions that are over on the host's side.
     host_over: Shutdown,
-    /// What the guest was told of `host_over`.
-    told: Shutdown,
+    /// `host_over`, as last sent to the guest.
+    reported_over: Shutdown,
 }
 
 impl Connection {
@@ -125,7 +125,7 @@ impl Connection {
             peer_forwarded: 0,
             guest_over: Shutdown::default(),
             host_over: Shutdown::default(),
-            told: Shutdown::default(),
+            reported_over: Shutdown::default(),
         }
     }
 
@@ -185,7 +185,7 @@ impl Connection {
         if self.guest_over.send {
             return Err(Violation::AfterEnd);
         }
-        // What the guest was told, which is never more than there is room for.
+        // As last sent to the guest, which is never more than there is room for.
         let credit = self.window.saturating_sub(self.received.wrapping_sub(self.reported));
         if len > credit {
             return Err(Violation::Credit { len, credit });
@@ -264,7 +264,7 @@ impl Connection {
     }
 
     /// The host will receive no more: what is buffered and what may still come is dropped.
-    pub fn host_deaf(&mut self) {
+    pub fn host_read_closed(&mut self) {
         self.host_over.receive = true;
         self.forwarded = self.received;
     }
@@ -280,10 +280,10 @@ impl Connection {
         }
     }
 
-    /// Whether the guest was told that both directions are over and has not answered with RST yet. Linux does so only when its
+    /// Whether SHUTDOWN of both directions was sent to the guest and it has not answered with RST yet. Linux does so only when its
     /// program has read everything or closed its socket.
     pub fn awaits_reset(&self) -> bool {
-        self.phase == Phase::Open && self.told.is_both()
+        self.phase == Phase::Open && self.reported_over.is_both()
     }
 
     /// Whether the guest's answer is awaited.
@@ -317,7 +317,7 @@ impl Connection {
     }
 
     fn owed(&self) -> Option<Op> {
-        let news = self.host_over.union(self.told) != self.told;
+        let news = self.host_over.union(self.reported_over) != self.reported_over;
         match self.phase {
             Phase::Gone => None,
             Phase::Resetting => Some(Op::Reset),
@@ -338,8 +338,8 @@ impl Connection {
             Op::Reset => self.end(Phase::Gone),
             Op::Request | Op::Response => self.owes_opening = false,
             Op::Shutdown => {
-                self.told = self.host_over;
-                header.flags = self.told.to_flags();
+                self.reported_over = self.host_over;
+                header.flags = self.reported_over.to_flags();
             }
             Op::CreditRequest => self.owes_credit_request = false,
             // The packet itself carries the credit.

@@ -16,7 +16,7 @@ use super::{
     super::{Buffers, Chain, Context, DeviceError, Poll},
     EVENT, MAX_BYTES, MAX_CHAINS, QUIET_CHAINS, RX, Restored, Source, TX, Vsock,
     connection::Received,
-    host::{Deaf, HostEnd, Incoming},
+    host::{HostEnd, Incoming, ReadClosed},
     packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM},
     streams::{Ports, StreamId},
 };
@@ -74,7 +74,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Tells the driver of all transmitted chains.
+    /// Reports all transmitted chains to the driver.
     pub(super) fn signal_transmitted(&mut self, context: &mut Context) {
         self.signal_by = None;
         if std::mem::take(&mut self.quiet_chains) > 0
@@ -88,7 +88,7 @@ impl Vsock {
         let mut bytes = [0; HEADER_LEN];
         let complete = chain.read(0, &mut bytes).is_ok();
         let header = Header::from_bytes(&bytes);
-        // Nobody could be told of a malformed packet or a false sender.
+        // A malformed packet or one with a false sender cannot be answered.
         if !complete
             || header.src_cid != self.state.guest_cid
             || header.len as usize > chain.len().saturating_sub(HEADER_LEN)
@@ -112,13 +112,13 @@ impl Vsock {
             Ok(Received::Noted) => {}
             Ok(Received::Accepted) => {
                 let line = format!("OK {}\n", stream.ports.host);
-                if stream.host.accept(line.as_bytes()) == Err(Deaf) {
-                    stream.connection.host_deaf();
+                if stream.host.accept(line.as_bytes()) == Err(ReadClosed) {
+                    stream.connection.host_read_closed();
                 }
             }
             Ok(Received::Data(len)) => match stream.host.deliver(chain, HEADER_LEN, len as usize, context.poll) {
                 Ok(taken) => stream.connection.delivered(u32::try_from(taken).unwrap_or(u32::MAX)),
-                Err(Deaf) => stream.connection.host_deaf(),
+                Err(ReadClosed) => stream.connection.host_read_closed(),
             },
             Err(violation) => {
                 *context.guest_faults += 1;
@@ -249,7 +249,7 @@ impl Vsock {
                     Incoming::End => {
                         stream.connection.host_finished();
                         if stream.host.is_closed() {
-                            stream.connection.host_deaf();
+                            stream.connection.host_read_closed();
                         }
                         header = stream.connection.next_control();
                     }
@@ -272,7 +272,7 @@ impl Vsock {
         Ok(None)
     }
 
-    /// Tells the guest after a restore that its streams are gone. Linux does so to every stream that it has when it comes to
+    /// Sends the guest after a restore the event that its streams are gone. Linux does so to every stream that it has when it comes to
     /// handle the event, so none may be opened before: nothing is taken and nothing sent until it has posted the event's
     /// buffer again.
     pub(super) fn announce_reset(&mut self, context: &mut Context) -> Result<(), DeviceError> {

@@ -22,7 +22,7 @@ use super::super::{Buffers, Poll, PollToken};
 
 /// Whoever holds the other end does not read any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Deaf;
+pub struct ReadClosed;
 
 /// What came out of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub struct HostEnd {
     closed: bool,
     write_shut: bool,
     read_shut: bool,
-    /// The client was told that the guest has accepted, or there is nobody to be told.
+    /// The guest's acceptance was reported to the client, or no client waits for it.
     accepted: bool,
     /// When the guest must have answered at the latest: to a REQUEST, or to the end of both directions.
     pub deadline: Option<Instant>,
@@ -185,15 +185,21 @@ impl HostEnd {
     /// how many it took.
     ///
     /// # Errors
-    /// [`Deaf`]; then nothing is kept.
-    pub fn deliver(&mut self, from: &Buffers, offset: usize, len: usize, poll: &mut dyn Poll) -> Result<usize, Deaf> {
-        let socket = self.socket.as_ref().ok_or(Deaf)?;
+    /// [`ReadClosed`]; then nothing is kept.
+    pub fn deliver(
+        &mut self,
+        from: &Buffers,
+        offset: usize,
+        len: usize,
+        poll: &mut dyn Poll,
+    ) -> Result<usize, ReadClosed> {
+        let socket = self.socket.as_ref().ok_or(ReadClosed)?;
         let mut taken = 0;
         if self.spill.is_empty() {
             taken = match from.write_to(socket.as_fd(), None, offset, len) {
                 Ok(n) => n,
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
-                Err(_) => return Err(self.deafen()),
+                Err(_) => return Err(self.stop_writing()),
             };
         }
         if taken < len {
@@ -206,9 +212,9 @@ impl HostEnd {
     /// Writes what waits. Returns how many bytes the socket took.
     ///
     /// # Errors
-    /// [`Deaf`]; then nothing waits any more.
-    pub fn flush(&mut self, poll: &mut dyn Poll) -> Result<usize, Deaf> {
-        let socket = self.socket.as_ref().ok_or(Deaf)?;
+    /// [`ReadClosed`]; then nothing waits any more.
+    pub fn flush(&mut self, poll: &mut dyn Poll) -> Result<usize, ReadClosed> {
+        let socket = self.socket.as_ref().ok_or(ReadClosed)?;
         let mut taken = 0;
         while !self.spill.is_empty() {
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
@@ -219,35 +225,35 @@ impl HostEnd {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(taken),
-                Err(_) => return Err(self.deafen()),
+                Err(_) => return Err(self.stop_writing()),
             }
         }
         self.watch_write(false, poll);
         Ok(taken)
     }
 
-    /// Tells the client by `line` that the guest has accepted.
+    /// Reports to the client by `line` that the guest has accepted.
     ///
     /// # Errors
-    /// [`Deaf`], also if a socket that is still empty does not take all.
-    pub fn accept(&mut self, line: &[u8]) -> Result<(), Deaf> {
+    /// [`ReadClosed`], also if a socket that is still empty does not take all.
+    pub fn accept(&mut self, line: &[u8]) -> Result<(), ReadClosed> {
         (self.accepted, self.deadline) = (true, None);
-        let socket = self.socket.as_ref().ok_or(Deaf)?;
+        let socket = self.socket.as_ref().ok_or(ReadClosed)?;
         match rustix::net::send(socket, line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Ok(n) if n == line.len() => Ok(()),
-            _ => Err(self.deafen()),
+            _ => Err(self.stop_writing()),
         }
     }
 
-    fn deafen(&mut self) -> Deaf {
+    fn stop_writing(&mut self) -> ReadClosed {
         self.spill = Spill::default();
         self.write_shut = true;
-        Deaf
+        ReadClosed
     }
 
     /// What waits will never be read: forget it.
     pub fn drop_spill(&mut self) {
-        self.deafen();
+        self.stop_writing();
     }
 
     /// The guest will send no more, and everything was delivered: the other end reads its end of file.

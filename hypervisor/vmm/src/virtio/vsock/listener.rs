@@ -1,4 +1,4 @@
-//! The host's door to the guest: a listening Unix socket, and the clients that have not yet said where they want to go.
+//! The listening Unix socket for streams to the guest, and the clients that have not finished their CONNECT line.
 //!
 //! ```text
 //!   client:  connect(2)   "CONNECT 1024\n"  ……………………………… "OK 1073741824\n"   or end of file: refused
@@ -37,7 +37,7 @@ const MAX_ACCEPTS: usize = 32;
 const MAX_LINE: usize = "CONNECT 4294967295\n".len();
 const VERB: &[u8] = b"CONNECT ";
 
-/// What a client has said so far.
+/// What a client has sent so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Line {
     /// Not enough, but nothing wrong.
@@ -198,9 +198,9 @@ impl Listener {
         Ok(())
     }
 
-    /// Looks what the client of a greeting has said; gives it out if its line is complete. `ended` says that it will
+    /// Reads the line of a greeting's client; gives it out if the line is complete. `ended` says that it will
     /// send no more.
-    pub fn hear(&mut self, number: u32, ended: bool, poll: &mut dyn Poll) -> Option<Caller> {
+    pub fn read_line(&mut self, number: u32, ended: bool, poll: &mut dyn Poll) -> Option<Caller> {
         let index = self.greetings.iter().position(|greeting| greeting.number == number)?;
         let line = self.greetings.get(index).map(|greeting| take_line(greeting.socket.as_fd()))?;
         if line == Line::Partial && !ended {

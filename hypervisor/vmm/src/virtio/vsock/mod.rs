@@ -53,7 +53,7 @@ const EVENT: usize = 2;
 const MAX_CHAINS: usize = 256;
 /// The same in bytes: some 100 us of copying.
 const MAX_BYTES: usize = 1 << 20;
-/// The driver only frees what it has transmitted, so it is told of so many chains together.
+/// The driver only frees what it has transmitted, hence so many chains are reported to it together.
 const QUIET_CHAINS: u16 = 32;
 /// How long the listener rests when the process has no descriptor for another client.
 const LISTENER_REST: Duration = Duration::from_millis(100);
@@ -73,7 +73,7 @@ struct Limits {
     handshake: Duration,
     /// Time for the guest's answer to the end of both directions (Linux' own for it is the same, VSOCK_CLOSE_TIMEOUT).
     close: Duration,
-    /// After this time the driver is told of transmitted chains, however few. It needs to know only to free memory.
+    /// After this time transmitted chains are reported to the driver, however few. It needs to know only to free memory.
     quiet: Duration,
     /// Time for a restored guest to reset its streams.
     restore: Duration,
@@ -101,14 +101,14 @@ impl Limits {
     }
 }
 
-/// What of the device survives a save. Streams do not: the guest is told to reset them when the machine goes on.
+/// What of the device survives a save. Streams do not: an event makes the guest reset them when the machine goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
     /// The guest's context id.
     guest_cid: u64,
     /// Where the search for the next host port begins.
     next_host_port: u32,
-    /// The guest was not told yet that all its streams are gone.
+    /// The event that resets all streams was not delivered to the guest yet.
     owes_transport_reset: bool,
 }
 
@@ -122,7 +122,7 @@ pub struct Vsock {
     timer: Timer,
     /// The driver was asked to notify when it posts a receive buffer.
     awaits_buffers: bool,
-    /// Transmitted chains that the driver was not told of.
+    /// Transmitted chains that were not reported to the driver.
     quiet_chains: u16,
     /// When it has to be.
     signal_by: Option<Instant>,
@@ -238,17 +238,17 @@ impl Vsock {
             match stream.host.flush(poll) {
                 // Bounded by the window.
                 Ok(taken) => stream.connection.delivered(u32::try_from(taken).unwrap_or(u32::MAX)),
-                Err(host::Deaf) => stream.connection.host_deaf(),
+                Err(host::ReadClosed) => stream.connection.host_read_closed(),
             }
         }
         if stream.host.is_closed() && stream.connection.is_requesting() {
             // Nobody waits for the answer any more.
             stream.connection.expire();
         }
-        // What is still to be read goes to the guest first; the end of it says then that the host is deaf, too.
+        // What is still to be read goes to the guest first; its end then says that the host does not read any more, too.
         if stream.host.is_closed() && (stream.host.has_spill() || stream.connection.host_to_guest_over()) {
             stream.host.drop_spill();
-            stream.connection.host_deaf();
+            stream.connection.host_read_closed();
         }
         self.settle(id, poll);
     }
@@ -276,7 +276,7 @@ impl Vsock {
         } else if gone {
             self.streams.forget_ports(id);
         } else if has_packet {
-            self.streams.line_up(id);
+            self.streams.enqueue(id);
         }
     }
 
@@ -387,7 +387,7 @@ impl VirtioDevice for Vsock {
             Source::Timer => self.timer_fired(context)?,
             Source::Greeting(number) => {
                 let ended = events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
-                if let Some(caller) = self.listener.hear(number, ended, context.poll) {
+                if let Some(caller) = self.listener.read_line(number, ended, context.poll) {
                     self.request(caller, context.poll);
                 }
             }

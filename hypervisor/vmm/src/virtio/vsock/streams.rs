@@ -78,7 +78,7 @@ pub struct Stream<H> {
     pub host: H,
     window: u32,
     from_guest: bool,
-    in_line: bool,
+    is_queued: bool,
 }
 
 #[derive(Debug)]
@@ -195,7 +195,7 @@ impl<H> Streams<H> {
             self.slots.len() - 1
         });
         let Some(slot) = self.slots.get_mut(index) else { return Err(host) };
-        slot.stream = Some(Stream { ports, connection, host, window, from_guest, in_line: false });
+        slot.stream = Some(Stream { ports, connection, host, window, from_guest, is_queued: false });
         self.by_ports.insert(ports, slot.id);
         self.from_guest += usize::from(from_guest);
         self.promised += u64::from(window);
@@ -230,7 +230,7 @@ impl<H> Streams<H> {
         self.free.push(id.slot());
         self.promised -= u64::from(stream.window);
         self.from_guest -= usize::from(stream.from_guest);
-        if stream.in_line {
+        if stream.is_queued {
             self.turns.retain(|waiting| *waiting != id);
         }
         Some(stream.host)
@@ -247,9 +247,9 @@ impl<H> Streams<H> {
     }
 
     /// Puts a stream into the line of those that have something for the guest, if it does not stand there.
-    pub fn line_up(&mut self, id: StreamId) {
+    pub fn enqueue(&mut self, id: StreamId) {
         if let Some(stream) = self.get_mut(id)
-            && !std::mem::replace(&mut stream.in_line, true)
+            && !std::mem::replace(&mut stream.is_queued, true)
         {
             self.turns.push_back(id);
         }
@@ -259,7 +259,7 @@ impl<H> Streams<H> {
     pub fn next_turn(&mut self) -> Option<StreamId> {
         let id = self.turns.pop_front()?;
         if let Some(stream) = self.get_mut(id) {
-            stream.in_line = false;
+            stream.is_queued = false;
         }
         Some(id)
     }

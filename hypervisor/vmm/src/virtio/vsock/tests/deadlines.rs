@@ -74,7 +74,7 @@ fn a_client_that_leaves_before_the_guest_answers_is_noticed() {
 }
 
 #[test]
-fn the_hosts_end_is_told_to_a_guest_that_has_no_room() {
+fn the_hosts_end_is_sent_to_a_guest_that_has_no_room() {
     for (closes, over) in [(false, SEND), (true, BOTH)] {
         let mut guest = Guest::new();
         guest.window = 10;

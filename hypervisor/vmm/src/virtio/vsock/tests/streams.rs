@@ -15,7 +15,7 @@ enum Step {
     FromGuest(Ports),
     Remove(usize),
     Forget(usize),
-    LineUp(usize),
+    Enqueue(usize),
     Turn,
     Refuse,
 }
@@ -27,7 +27,7 @@ fn step() -> impl Strategy<Value = Step> {
         ports.prop_map(|(host, guest)| Step::FromGuest(Ports { host, guest })),
         (0..20usize).prop_map(Step::Remove),
         (0..20usize).prop_map(Step::Forget),
-        (0..20usize).prop_map(Step::LineUp),
+        (0..20usize).prop_map(Step::Enqueue),
         Just(Step::Turn),
         Just(Step::Refuse),
     ]
@@ -37,12 +37,12 @@ fn step() -> impl Strategy<Value = Step> {
 fn turns_go_round() {
     let mut streams = Streams::new(8, 8, 0);
     let ids: Vec<_> = (0..3).map(|host| streams.open_from_host(1, host).unwrap()).collect();
-    ids.iter().for_each(|id| streams.line_up(*id));
-    ids.iter().for_each(|id| streams.line_up(*id));
+    ids.iter().for_each(|id| streams.enqueue(*id));
+    ids.iter().for_each(|id| streams.enqueue(*id));
     for round in 0..9 {
         let id = streams.next_turn().unwrap();
         assert_eq!(id, ids[round % 3]);
-        streams.line_up(id);
+        streams.enqueue(id);
     }
 }
 
@@ -128,9 +128,9 @@ proptest! {
                         known.remove(&ports);
                     }
                 }
-                Step::LineUp(index) if !live.is_empty() => {
+                Step::Enqueue(index) if !live.is_empty() => {
                     let (id, ..) = live[index % live.len()];
-                    streams.line_up(id);
+                    streams.enqueue(id);
                     if !waiting.contains(&id) {
                         waiting.push(id);
                     }
