@@ -37,12 +37,9 @@ pub fn is_read_only(file: impl AsFd) -> bool {
     file_system(file).is_ok_and(|state| state.f_flag & libc::ST_RDONLY != 0)
 }
 
-/// Whether a file is on an overlay.
-///
-/// # Errors
-/// The system call's.
-pub fn is_overlay(file: impl AsFd) -> Result<bool, Errno> {
-    Ok(fstatfs(file)?.f_type == libc::OVERLAYFS_SUPER_MAGIC)
+/// Whether a file is on an overlay. A file system that does not say what it is is none.
+pub fn is_overlay(file: impl AsFd) -> bool {
+    fstatfs(file).is_ok_and(|state| state.f_type == libc::OVERLAYFS_SUPER_MAGIC)
 }
 
 /// The file's identity. A directory is another one on each mount, because a directory has one place in the guest's tree of

@@ -266,7 +266,7 @@ impl Tree {
             }
             None => {
                 let claim = claim.map_or_else(|| self.claim(), Ok)?;
-                let overlay = if mount == parent.mount { parent.overlay } else { is_overlay(&path)? };
+                let overlay = if mount == parent.mount { parent.overlay } else { is_overlay(&path) };
                 let path = Path::new(path, Some(claim));
                 let mut fresh = Node::new(path, mount, key, kind(stat));
                 (fresh.overlay, fresh.settled) = (overlay, !overlay || created);
