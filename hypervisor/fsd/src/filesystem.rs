@@ -74,8 +74,7 @@ impl Service {
     /// # Errors
     /// The system calls'.
     pub fn sync_file_systems(&self) -> Result<(), Errno> {
-        // All of them, whatever becomes of one.
-        self.tree.file_systems()?.iter().map(syncfs).fold(Ok(()), Result::and)
+        self.tree.each_file_system(|file| syncfs(file))
     }
 
     /// Creates a file without a name in `parent`.

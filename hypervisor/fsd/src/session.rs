@@ -36,6 +36,8 @@ use crate::{
 
 const REQUEST_HEADER: usize = 40;
 const REPLY_HEADER: usize = 16;
+/// The longest request that may take long, bytes.
+const MAX_SLOW: usize = 256;
 /// How often, and after which pause, a short reply is sent again that the host had no memory for: ten seconds in all.
 const SEND_TRIES: u32 = 500;
 const SEND_PAUSE: Duration = Duration::from_millis(20);
@@ -123,6 +125,10 @@ impl Session {
         }
         if !header.may_take_long() {
             return self.carry_out(&header, request, reply);
+        }
+        // None of them is longer; what is put aside has a bound.
+        if request.len() > MAX_SLOW {
+            return self.fail(&header, libc::EINVAL);
         }
         let serve = |mut request: Vec<u8>| match Header::parse(&request) {
             Some(header) => self.carry_out(&header, &mut request, reply),

@@ -422,12 +422,12 @@ impl Tree {
         }
     }
 
-    /// A directory or file of each mount that the guest knows directories or files on, open: what syncfs(2) needs. What else
-    /// there is (symlinks, sockets) cannot be opened, and holds no data that would have to be written.
+    /// Lends a directory or file of each mount that the guest knows directories or files on, open: what syncfs(2) needs. What
+    /// else there is (symlinks, sockets) cannot be opened, and holds no data that would have to be written.
     ///
     /// # Errors
-    /// The system call's, if no file of a mount can be opened.
-    pub fn file_systems(&self) -> Result<Vec<File>, Errno> {
+    /// That of opening, if no file of a mount can be opened, and that of `use_it`; the other mounts have their turn anyway.
+    pub fn each_file_system(&self, mut use_it: impl FnMut(&File) -> Result<(), Errno>) -> Result<(), Errno> {
         /// Files of a mount that are tried.
         const TRIED: usize = 16;
         let mut mounts: HashMap<u64, Vec<(FileType, Arc<Path>)>> = HashMap::new();
@@ -456,7 +456,8 @@ impl Tree {
             }
             last
         };
-        mounts.into_values().map(first).collect()
+        let results = mounts.into_values().map(|paths| first(paths).and_then(|file| use_it(&file)));
+        results.fold(Ok(()), Result::and)
     }
 
     /// Sees to it that opening a file for a lock does not give it another identity.
