@@ -25,6 +25,7 @@ pub mod jail;
 pub mod locks;
 pub mod nodes;
 pub mod ranges;
+pub mod service;
 pub mod session;
 pub mod slow;
 pub mod tree;

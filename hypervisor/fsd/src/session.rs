@@ -26,9 +26,9 @@ use slog::{Logger, debug};
 
 use crate::{
     controls::control,
-    filesystem::Service,
     handshake::{self, HEADER_ROOM, MAX_DATA},
     identity,
+    service::Service,
     slow::Slow,
     tree::Tree,
     wire::{Answer, MAX_ANSWER, Request},
