@@ -202,7 +202,8 @@ impl Client {
         sockopt::set_socket_send_buffer_size_force(&ours, 4 << 20).unwrap();
         let root =
             openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        let arguments = [&["--socket-fd", "3", "--root-fd", "4"], more].concat();
+        // One thread, unless the test wants more: replies come in the order of the requests then.
+        let arguments = [&["--socket-fd", "3", "--root-fd", "4", "--threads", "1"], more].concat();
         let child = start(Some(&theirs), Some(&root), &arguments);
         Self { socket: ours, child, unique: 0, uid: 0, gid: 0 }
     }
@@ -214,7 +215,7 @@ impl Client {
         let ((ours, theirs), (ours_too, theirs_too)) = (sockets(), sockets());
         let root =
             openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        let arguments = ["--socket-fd", "3", "--root-fd", "4", "--host-socket-fd", "5"];
+        let arguments = ["--socket-fd", "3", "--root-fd", "4", "--host-socket-fd", "5", "--threads", "1"];
         let descriptors = [(Some(&theirs), 3), (Some(&root), 4), (Some(&theirs_too), 5)];
         let child = start_with(descriptors, &arguments);
         let other = Command::new("true").stderr(Stdio::piped()).spawn().unwrap();
@@ -401,7 +402,12 @@ impl Client {
     }
 
     pub fn setxattr(&mut self, node: u64, name: &str, value: &[u8]) -> Result<(), i32> {
-        let body = [&(value.len() as u32).to_le_bytes()[..], &[0; 4], &cstr(name), value].concat();
+        self.setxattr_with(node, name, value, 0)
+    }
+
+    /// With flags of the longer form (FUSE_SETXATTR_*).
+    pub fn setxattr_with(&mut self, node: u64, name: &str, value: &[u8], more: u32) -> Result<(), i32> {
+        let body = [words(&[value.len() as u32, 0, more, 0]), cstr(name), value.to_vec()].concat();
         self.ask(op::SETXATTR, node, &body).map(drop)
     }
 
