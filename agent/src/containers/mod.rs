@@ -26,7 +26,7 @@ use error::Result;
 use process::Process;
 use share::Mounts;
 pub use share::Share;
-use slog::{Logger, info};
+use slog::{Logger, debug, info};
 use tokio::sync::RwLock;
 
 use crate::{
@@ -99,7 +99,8 @@ impl Containers {
         // Taken while a process is started, so that one that ends at once is found here.
         match lock(&self.by_pid).remove(&pid) {
             Some(process) => process.exited(exit),
-            None => info!(self.log, "reaped an orphan"; "pid" => pid, "status" => exit.status),
+            // A stage whose child has taken its place, too.
+            None => debug!(self.log, "reaped an orphan"; "pid" => pid, "status" => exit.status),
         }
     }
 
