@@ -194,8 +194,8 @@ impl Monitor {
                 return Ok(());
             }
             Received::Malformed(reason) => {
-                // Whoever sent it cannot be told: there is no id to answer.
-                slog::error!(self.log, "control packet refused"; "error" => %reason);
+                // There is no id to answer, so its sender would wait for ever: the exit notice says why.
+                self.end.declare(ExitReason::MonitorError, reason.to_string());
                 return Ok(());
             }
         };

@@ -3,6 +3,8 @@
 //! Ring and index handling is the virtio-queue crate's; what this adds is the check of a whole chain before a device
 //! sees any of it: readable before writable descriptors, every byte in guest memory, a last descriptor.
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
@@ -62,6 +64,8 @@ pub struct VirtQueue {
     queue: Queue,
     /// Chains were completed since the driver was last asked whether it wants an interrupt.
     used_since_signal: bool,
+    /// An interrupt is due, whatever the driver said last.
+    signal_always: bool,
     /// The device left chains for later.
     call_again: bool,
 }
@@ -72,7 +76,7 @@ impl VirtQueue {
     /// # Errors
     /// If `max_size` is not a power of two up to 32768.
     pub fn new(max_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false, call_again: false })
+        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false, signal_always: false, call_again: false })
     }
 
     /// The ring's registers, for the transport.
@@ -176,6 +180,28 @@ impl VirtQueue {
         self.used_since_signal = true;
     }
 
+    /// Makes an interrupt due even if the driver has asked for none. After a restore: what was completed quietly before the save
+    /// is not counted any more, so the driver's wish cannot be compared with it.
+    pub fn signal_always(&mut self) {
+        self.signal_always = true;
+    }
+
+    /// The driver's index of the available ring. Asks the driver to notify when it advances, though what it made available
+    /// before was not taken.
+    ///
+    /// # Errors
+    /// If the rings are not in guest memory.
+    pub fn await_advance(&mut self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        let next = self.queue.next_avail();
+        let available = self.queue.avail_idx(memory, Ordering::Acquire)?;
+        self.queue.set_next_avail(available.0);
+        let enabled = self.queue.enable_notification(memory);
+        self.queue.set_next_avail(next);
+        enabled?;
+        // It may have advanced before it could see that we want to know.
+        Ok(self.queue.avail_idx(memory, Ordering::Acquire)?.0)
+    }
+
     /// Asks the transport to call `queue_ready` for this queue again, after everything else that waits on the device
     /// thread had its turn. A device that stops before the queue is empty calls this, so that a driver that adds
     /// chains as fast as they are served cannot hold the thread.
@@ -209,10 +235,11 @@ impl VirtQueue {
     /// # Errors
     /// If the rings are not in guest memory.
     pub fn take_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        if !std::mem::take(&mut self.used_since_signal) {
+        let always = std::mem::take(&mut self.signal_always);
+        if !std::mem::take(&mut self.used_since_signal) && !always {
             return Ok(false);
         }
-        Ok(self.queue.needs_notification(memory)?)
+        Ok(self.queue.needs_notification(memory)? || always)
     }
 }
 
