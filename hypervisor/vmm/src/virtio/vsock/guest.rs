@@ -13,7 +13,7 @@ use caisson_protos::monitor::{GuestStream, encode};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::{
-    super::{Buffers, Chain, Context, DeviceError, Poll},
+    super::{Buffers, Chain, Context, DeviceError, Poll, Served, Turn, TurnEnd, serve},
     EVENT, MAX_BYTES, MAX_CHAINS, QUIET_CHAINS, RX, Restored, Source, TX, Vsock,
     connection::Received,
     host::{HostEnd, Incoming, ReadClosed},
@@ -32,32 +32,20 @@ impl Vsock {
         if self.restored.is_some() {
             return Ok(());
         }
-        let mut bytes = 0;
-        for _ in 0..MAX_CHAINS {
-            if bytes >= MAX_BYTES {
-                break;
-            }
+        let turn = Turn { chains: MAX_CHAINS, bytes: MAX_BYTES };
+        let end = serve(context, TX, turn, |context, chain| {
             if !self.streams.has_room_for_refusal() {
                 self.send_packets(context)?;
                 if !self.streams.has_room_for_refusal() {
                     // The driver neglects its receive queue: its packets wait until it posts buffers there.
-                    return Ok(());
+                    return Ok(Served::Refused);
                 }
             }
-            let Some(chain) = context.pop(TX)? else {
-                if await_driver(context, TX)? {
-                    continue;
-                }
-                return self.send_packets(context);
-            };
-            bytes = bytes.saturating_add(chain.readable.len());
             self.take_packet(&chain.readable, context);
             self.complete_transmitted(context, chain.head)?;
-        }
-        if let Some(queue) = context.queues.get_mut(TX) {
-            queue.call_again();
-        }
-        self.send_packets(context)
+            Ok(Served::Taken)
+        })?;
+        if end == TurnEnd::Refused { Ok(()) } else { self.send_packets(context) }
     }
 
     /// Returns a transmitted chain. An interrupt for it alone would stop the guest, often wake it, and cost it two

@@ -340,10 +340,6 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.state.guest_cid.to_le_bytes(), offset, data);
     }
