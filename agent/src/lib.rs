@@ -24,6 +24,7 @@
 //! Everything runs on one thread: state changes between two awaits are atomic, and nothing may block it. What can
 //! block (writing file systems back) goes to a thread of its own.
 
+mod blocking;
 pub mod boot;
 pub mod cgroup;
 pub mod containers;

@@ -161,6 +161,17 @@ impl Lifecycle {
         }
     }
 
+    /// The number of a process that others can be started beside: it is created, or has been started.
+    ///
+    /// # Errors
+    /// If its container is not ready yet, or it has ended.
+    pub fn created(&self) -> Result<i32, StateError> {
+        match (self.phase, self.pid) {
+            (Phase::Created | Phase::Starting | Phase::Running, Some(pid)) => Ok(pid),
+            (is, _) => Err(StateError::Wrong { is, wanted: "created or running" }),
+        }
+    }
+
     /// The program runs.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ use ttrpc::{
 };
 
 use crate::{
+    blocking,
     containers::{Containers, Error},
     lifecycle::Exit,
     streams::Streams,
@@ -227,9 +228,13 @@ impl Agent for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        let synced = tokio::task::spawn_blocking(rustix::fs::sync);
-        if tokio::time::timeout(SYNC_LIMIT, synced).await.is_err() {
-            warn!(self.log, "file systems are not written back in time"; "seconds" => SYNC_LIMIT.as_secs());
+        match tokio::time::timeout(SYNC_LIMIT, blocking::run(rustix::fs::sync)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                warn!(self.log, "no thread for writing file systems back"; "error" => %error);
+                rustix::fs::sync();
+            }
+            Err(_) => warn!(self.log, "file systems are not written back in time"; "seconds" => SYNC_LIMIT.as_secs()),
         }
         (self.power_off)();
         Ok(Empty::default())

@@ -6,7 +6,7 @@ use caisson_protos::agent::{StatsResponse, UpdateRequest};
 use slog::info;
 
 use super::{Container, Containers, Error, error::Result};
-use crate::{lifecycle::StateError, spec::resources};
+use crate::{blocking, lifecycle::StateError, spec::resources};
 
 impl Container {
     fn in_state(&self, error: StateError) -> Error {
@@ -70,11 +70,8 @@ impl Containers {
         let (resources, notes) = resources::update(&request.resources, &cgroup.present())?;
         self.note(&request.container_id, &notes);
         // Less memory than is used makes the kernel look for what it can reclaim before it answers.
-        let changed = tokio::task::spawn_blocking(move || cgroup.update(&resources)).await;
-        changed.map_err(|error| Error::Io {
-            what: "change the container's limits".into(),
-            error: std::io::Error::other(error),
-        })??;
+        let changed = blocking::run(move || cgroup.update(&resources)).await;
+        changed.map_err(|error| Error::Io { what: "change the container's limits".into(), error })??;
         info!(self.log, "limits changed"; "container" => &request.container_id);
         Ok(())
     }

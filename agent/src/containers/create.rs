@@ -258,7 +258,7 @@ impl Containers {
         let who = || if exec.is_empty() { id.to_owned() } else { exec.to_owned() };
         let in_state = |error| Error::State { who: who(), error };
         if !exec.is_empty() {
-            container.init.running().map_err(|error| Error::State { who: id.to_owned(), error })?;
+            container.init.created().map_err(|error| Error::State { who: id.to_owned(), error })?;
         }
         let _going = if exec.is_empty() { None } else { Some(container.going().await?) };
         let (mut stage, limit) = match process.start().map_err(in_state)? {

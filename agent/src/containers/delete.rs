@@ -6,6 +6,7 @@ use slog::{info, warn};
 
 use super::{Container, Containers, Error, error::Result, lock};
 use crate::{
+    blocking,
     lifecycle::{Exit, Phase},
     sys,
 };
@@ -74,12 +75,12 @@ impl Containers {
     async fn write_back(&self) -> Result<()> {
         let roots = self.share.roots();
         let failed = |error| Error::Io { what: "write the container's files back".into(), error };
-        let work = tokio::task::spawn_blocking(move || {
+        let work = blocking::run(move || {
             roots.iter().try_for_each(|root| Ok(rustix::fs::syncfs(std::fs::File::open(root)?)?))
         });
         match tokio::time::timeout(SYNC_LIMIT, work).await {
             Ok(Ok(result)) => result.map_err(failed),
-            Ok(Err(join)) => Err(failed(std::io::Error::other(join))),
+            Ok(Err(error)) => Err(failed(error)),
             Err(_) => {
                 Err(Error::TimedOut { what: "writing the container's files back", seconds: SYNC_LIMIT.as_secs() })
             }

@@ -1,4 +1,4 @@
-//! Exec: one more process in a running container.
+//! Exec: one more process in a container that is created or runs.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ use crate::{
 };
 
 impl Containers {
-    /// Adds a process to a running container; it does not exist before its Start.
+    /// Adds a process to a created or running container; it does not exist before its Start.
     ///
     /// # Errors
     /// If the container does not run, the name is taken or the `process` object cannot be honoured.
@@ -32,7 +32,7 @@ impl Containers {
         let (id, exec) = (request.container_id, request.exec_id);
         check_name("exec_id", &exec)?;
         let container = self.container(&id)?;
-        container.init.running().map_err(|error| Error::State { who: id.clone(), error })?;
+        container.init.created().map_err(|error| Error::State { who: id.clone(), error })?;
         drop(container.going().await?);
         let stdio = request.stdio.unwrap_or_default();
         let (mut plan, notes) = spec::process::exec(&request.process, stdio.terminal, &container.inherited)?;
@@ -63,7 +63,7 @@ impl Containers {
         plan: ProcessPlan,
         streams: HostStreams,
     ) -> Result<AgentEnd> {
-        let init = container.init.running().map_err(|error| Error::State { who: container.id.clone(), error })?;
+        let init = container.init.created().map_err(|error| Error::State { who: container.id.clone(), error })?;
         // The init process is a child that has not been reaped, so its number is still its own.
         let pidfd = Pid::from_raw(init)
             .ok_or(rustix::io::Errno::SRCH)

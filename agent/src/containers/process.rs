@@ -82,6 +82,10 @@ impl Process {
         lock(&self.state).life.running()
     }
 
+    pub(super) fn created(&self) -> Result<i32, StateError> {
+        lock(&self.state).life.created()
+    }
+
     pub(super) fn stopped(&self) -> Result<Exit, StateError> {
         lock(&self.state).life.stopped()
     }

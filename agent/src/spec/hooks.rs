@@ -51,8 +51,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_run_is_refused_by_name() {
-        for (hook, field) in [(serde_json::json!({"path": "bin/h"}), "hooks.createContainer[0].path")] {
-            assert_eq!(planned(serde_json::json!({"createContainer": [hook]})).unwrap_err().field, field);
-        }
+        let hook = serde_json::json!({"path": "bin/h"});
+        let refused = planned(serde_json::json!({"createContainer": [hook]})).unwrap_err();
+        assert_eq!(refused.field, "hooks.createContainer[0].path");
     }
 }

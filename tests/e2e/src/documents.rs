@@ -33,7 +33,7 @@ fn names(cell: &str) -> Vec<&str> {
 /// Every Rust source of the workspace: path and text.
 fn sources(root: &Path) -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
-    let mut open: Vec<PathBuf> = ["agent", "guest-image", "hypervisor", "protos", "runtime", "tests"]
+    let mut open: Vec<PathBuf> = ["agent", "guest-image", "hypervisor", "oci", "protos", "runtime", "tests"]
         .iter()
         .map(|part| root.join(part))
         .collect();

@@ -15,7 +15,15 @@ use caisson_e2e::{
 use containerd_shim_protos::api::Status;
 use serde_json::json;
 
-caisson_e2e::for_each_runtime!(a_life, execs, a_terminal_of_its_own, short_lives, deleted_before_its_start);
+caisson_e2e::for_each_runtime!(
+    a_life,
+    execs,
+    an_exec_before_the_start,
+    a_terminal_of_its_own,
+    short_lives,
+    deleted_before_its_start,
+    update_of_the_period_alone,
+);
 caisson_e2e::caisson_only!(a_life_as_containerd_2_asks);
 
 const LIFE: [&str; 4] = ["/tasks/create ID", "/tasks/start ID", "/tasks/exit ID 7", "/tasks/delete ID 7"];
@@ -218,4 +226,37 @@ fn deleted_before_its_start(host: &Host) {
     let lines = pod.lines();
     assert!(!lines.iter().any(|line| line.starts_with("/tasks/start")), "{lines:?}");
     pod.end();
+}
+
+/// A created container takes execs, too; its own program begins when it is started.
+fn an_exec_before_the_start(host: &Host) {
+    let pod = Direct::start(host, "early", &["sleep", "100000"]);
+    pod.create(&Streams::default()).expect("Create");
+    pod.task.exec("early", &["sh", "-c", "exit 5"], &Streams::default()).expect("Exec into a created container");
+    pod.task.start("early").expect("Start of the exec");
+    assert_eq!(pod.task.wait("early").expect("Wait"), 5);
+    assert_eq!(pod.task.delete("early").expect("Delete"), 5);
+    pod.task.start("").expect("Start");
+    pod.kill_and_delete();
+}
+
+/// An Update of cpu.period keeps the quota, and one of the quota keeps the period.
+fn update_of_the_period_alone(host: &Host) {
+    let mut specification = caisson_e2e::bundle::specification(&["sleep", "100000"]);
+    specification["linux"]["resources"]["cpu"] = serde_json::json!({ "quota": 50_000, "period": 100_000 });
+    let pod = Direct::of(host, "period", specification);
+    pod.run();
+    let file = format!("/sys/fs/cgroup/{}/period/cpu.max", host.namespace());
+    // A pod has a quarter of a processor in each period beside its container's time.
+    let expect = |quota: u64, period: u64| {
+        let quota = if host.runtime == caisson_e2e::Runtime::Caisson { quota + period / 4 } else { quota };
+        let text = std::fs::read_to_string(&file).expect("the test's host has the cpu controller");
+        assert_eq!(text, format!("{quota} {period}\n"));
+    };
+    expect(50_000, 100_000);
+    pod.task.update(&serde_json::json!({ "cpu": { "period": 200_000 } })).expect("Update of the period");
+    expect(50_000, 200_000);
+    pod.task.update(&serde_json::json!({ "cpu": { "quota": 80_000 } })).expect("Update of the quota");
+    expect(80_000, 200_000);
+    pod.kill_and_delete();
 }
