@@ -55,7 +55,9 @@ impl Client {
         let stdin = pod.bundle.directory.join(format!("{name}.stdin"));
         fifo(&stdin);
         let (stdout, output) = pod.output(&format!("{name}.stdout"));
-        let streams = Streams { stdin: stdin.clone(), stdout, ..Streams::default() };
+        // runc's shim does without all streams or without none.
+        let (stderr, _) = pod.output(&format!("{name}.stderr"));
+        let streams = Streams { stdin: stdin.clone(), stdout, stderr, terminal: false };
         Self { stdin, streams, output }
     }
 
