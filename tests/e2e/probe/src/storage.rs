@@ -44,7 +44,7 @@ fn small_files(directory: &Path, count: usize) -> Result<()> {
     fs::create_dir(directory)?;
     let names = names(directory, count);
     let each = |work: &dyn Fn(&Path) -> Result<()>| names.iter().try_for_each(|path| work(path));
-    step("files_make", || each(&|path| Ok(drop(File::create_new(path)?))))?;
+    step("files_make", || each(&|path| File::create_new(path).map(drop).context("create")))?;
     step("files_write", || each(&|path| Ok(File::options().write(true).open(path)?.write_all(&[7; 100])?)))?;
     step("files_read", || {
         each(&|path| {

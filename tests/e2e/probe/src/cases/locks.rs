@@ -27,8 +27,10 @@ pub fn lock(action: &str, kind: &str, path: &Path) {
     };
     let held = taken.is_ok();
     println!("{}", Outcome::from(done(taken)).0);
-    while held && action == "hold" {
-        std::thread::park();
+    if held && action == "hold" {
+        loop {
+            std::thread::park();
+        }
     }
 }
 
