@@ -73,9 +73,9 @@ pub fn all(files: usize, only_runc: bool) -> Result<Report> {
     Ok(report)
 }
 
-fn time(told: &str, step: &str) -> Result<std::time::Duration> {
-    let line = told.lines().find_map(|line| line.strip_prefix(step)?.strip_prefix(' '));
-    let line = line.with_context(|| format!("no time of {step} in {told:?}"))?;
+fn time(output: &str, step: &str) -> Result<std::time::Duration> {
+    let line = output.lines().find_map(|line| line.strip_prefix(step)?.strip_prefix(' '));
+    let line = line.with_context(|| format!("no time of {step} in {output:?}"))?;
     let milliseconds: f64 = line.parse().with_context(|| format!("the time of {step} is {line:?}"))?;
     Ok(std::time::Duration::try_from_secs_f64(milliseconds / 1000.0)?)
 }
@@ -86,10 +86,10 @@ mod tests {
 
     #[test]
     fn a_step_is_found_by_its_whole_name() {
-        let told = "files_400 7.5\nfiles_4 3\n";
-        assert_eq!(time(told, "files_4").unwrap().as_millis(), 3);
-        assert_eq!(time(told, "files_400").unwrap().as_micros(), 7500);
-        assert!(time(told, "files").is_err());
+        let output = "files_400 7.5\nfiles_4 3\n";
+        assert_eq!(time(output, "files_4").unwrap().as_millis(), 3);
+        assert_eq!(time(output, "files_400").unwrap().as_micros(), 7500);
+        assert!(time(output, "files").is_err());
         assert!(time("files_make no-number\n", "files_make").is_err());
     }
 }

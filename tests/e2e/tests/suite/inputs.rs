@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 caisson_e2e::for_each_runtime!(of_execs_by_hand, of_containers_by_hand, of_a_terminal, of_a_terminal_of_an_exec);
 
-/// When the client closes, and when it says so.
+/// When the client ends its input, and when it calls CloseIO.
 #[derive(Clone, Copy, Debug)]
 enum Order {
     /// All at once; CloseIO when it is written.
@@ -61,8 +61,8 @@ impl Client {
         Self { stdin, streams, output }
     }
 
-    /// Feeds the process that has just been started, `close` being its CloseIO, and takes what comes back.
-    fn feed(self, sent: &[u8], order: Order, close: impl Fn()) -> Vec<u8> {
+    /// Writes the input of a process that has just been started, `close` being its CloseIO, and returns its output.
+    fn write_input(self, sent: &[u8], order: Order, close: impl Fn()) -> Vec<u8> {
         let first = if matches!(order, Order::Later) { sent.len() / 2 } else { sent.len() };
         let (stdin, all) = (self.stdin, sent.to_vec());
         let (tell, go_on) = std::sync::mpsc::channel();
@@ -103,7 +103,7 @@ fn of_execs_by_hand(host: &Host) {
             let client = Client::new(&pod, &name);
             pod.task.exec(&name, &["cat"], &client.streams).expect("Exec");
             pod.task.start(&name).expect("Start of an exec");
-            let came = client.feed(&sent, order, || pod.task.close_stdin(&name).expect("CloseIO"));
+            let came = client.write_input(&sent, order, || pod.task.close_stdin(&name).expect("CloseIO"));
             same(order, &sent, &came);
             assert_eq!(pod.task.wait(&name).expect("Wait"), 0, "{name}");
             pod.task.delete(&name).expect("Delete");
@@ -124,7 +124,7 @@ fn of_containers_by_hand(host: &Host) {
         let client = Client::new(&pod, "cat");
         pod.create(&client.streams).expect("Create");
         pod.task.start("").expect("Start");
-        let came = client.feed(&sent, order, || pod.task.close_stdin("").expect("CloseIO"));
+        let came = client.write_input(&sent, order, || pod.task.close_stdin("").expect("CloseIO"));
         same(order, &sent, &came);
         assert_eq!(pod.task.wait("").expect("Wait"), 0, "{order:?}");
         assert_eq!(pod.task.delete("").expect("Delete"), 0, "{order:?}");

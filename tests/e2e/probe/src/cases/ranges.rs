@@ -160,10 +160,14 @@ fn extents(directory: &Path) {
 
 /// The time of birth of `file`.
 pub fn born(file: &Path) {
-    let told = statx(CWD, file, AtFlags::empty(), StatxFlags::BASIC_STATS | StatxFlags::BTIME);
-    let time = told.map(|told| {
-        let known = told.stx_mask & StatxFlags::BTIME.bits() != 0;
-        if known { format!("{}.{:09}", told.stx_btime.tv_sec, told.stx_btime.tv_nsec) } else { "unknown".to_owned() }
+    let answer = statx(CWD, file, AtFlags::empty(), StatxFlags::BASIC_STATS | StatxFlags::BTIME);
+    let time = answer.map(|answer| {
+        let known = answer.stx_mask & StatxFlags::BTIME.bits() != 0;
+        if known {
+            format!("{}.{:09}", answer.stx_btime.tv_sec, answer.stx_btime.tv_nsec)
+        } else {
+            "unknown".to_owned()
+        }
     });
     case("born", time);
 }

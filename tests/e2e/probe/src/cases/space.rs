@@ -19,7 +19,7 @@ pub fn append(path: &Path, word: &str, count: usize) {
     case("append", done(write()));
 }
 
-/// Writes until a write fails, and says what it was told to have been written.
+/// Writes until a write fails, and prints how much the writes have accepted.
 pub fn fill(path: &Path) {
     let mut file = match File::create(path) {
         Ok(file) => file,

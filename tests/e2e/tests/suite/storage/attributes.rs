@@ -142,9 +142,9 @@ fn flags_of_the_host(host: &Host) {
         fs::write(path(name), "before\n").expect("it is written");
     }
     let flagged = [Flagged::set(&path("immutable"), IFlags::IMMUTABLE), Flagged::set(&path("append"), IFlags::APPEND)];
-    let told = with_volume(host, "flags", &directory).run(&["probe", "cases", "flags", "/v"]).succeeded();
+    let output = with_volume(host, "flags", &directory).run(&["probe", "cases", "flags", "/v"]).succeeded();
     drop(flagged);
-    holds(host, &told, FLAGS);
+    holds(host, &output, FLAGS);
     assert_eq!(fs::read_to_string(path("immutable")).expect("it is there"), "before\n");
     assert_eq!(fs::read_to_string(path("append")).expect("it is there"), "before\nmore\n");
 }

@@ -45,8 +45,8 @@ fn tries(pod: &Pod, name: &str, kind: &str) -> String {
     Finished::of(lock(pod, name, "try", kind), STEP).succeeded()
 }
 
-fn says(running: &Running, text: &str) {
-    running.stdout.wait_for(&format!("{text:?}"), STEP, |told| told.contains(text).then_some(()));
+fn wait_for_line(running: &Running, text: &str) {
+    running.stdout.wait_for(&format!("{text:?}"), STEP, |output| output.contains(text).then_some(()));
 }
 
 fn between_pods_and_the_host(host: &Host) {
@@ -62,20 +62,20 @@ fn between_pods_and_the_host(host: &Host) {
         assert_eq!(tries(&first, &name("refused"), kind), "EAGAIN\n", "{kind}");
         let killed = lock(&first, &name("killed"), "wait", kind);
         let patient = lock(&second, &name("patient"), "wait", kind);
-        says(&killed, "waits\n");
-        says(&patient, "waits\n");
+        wait_for_line(&killed, "waits\n");
+        wait_for_line(&patient, "waits\n");
         first.kill_exec(&name("killed"), "SIGTERM");
         assert_eq!(Finished::of(killed, STEP).code, Some(143), "{kind}: who waits can be killed");
         drop(held);
         assert_eq!(Finished::of(patient, STEP).succeeded(), "waits\ndone\n", "{kind}");
         // A pod has it; another process of it, the other pod, and the host do not get it.
         let holder = lock(&first, &name("holder"), "hold", kind);
-        says(&holder, "done\n");
+        wait_for_line(&holder, "done\n");
         assert_eq!(tries(&first, &name("beside"), kind), "EAGAIN\n", "{kind}: another process");
         assert_eq!(tries(&second, &name("other"), kind), "EAGAIN\n", "{kind}: another pod");
         assert!(take(kind, &file).is_none(), "{kind}: the host has it, too");
         let waits = lock(&second, &name("waits"), "wait", kind);
-        says(&waits, "waits\n");
+        wait_for_line(&waits, "waits\n");
         first.kill_exec(&name("holder"), "SIGKILL");
         assert_eq!(Finished::of(holder, STEP).code, Some(137), "{kind}");
         assert_eq!(Finished::of(waits, STEP).succeeded(), "waits\ndone\n", "{kind}");
@@ -93,11 +93,11 @@ fn end_with_their_pod(host: &Host) {
     let second = with_volume(host, "second", &directory).start_idle();
     let holders = KINDS_APART.map(|kind| lock(&first, kind, "hold", kind));
     for holder in &holders {
-        says(holder, "done\n");
+        wait_for_line(holder, "done\n");
     }
     let waits = KINDS_APART.map(|kind| {
         let running = lock(&second, kind, "wait", kind);
-        says(&running, "waits\n");
+        wait_for_line(&running, "waits\n");
         running
     });
     first.end();

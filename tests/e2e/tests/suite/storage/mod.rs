@@ -39,22 +39,22 @@ fn with_volume<'a>(host: &'a Host, name: &str, directory: &Path) -> Container<'a
     mounted(host.container(name), directory, "/v")
 }
 
-/// Requires that the lines of `told` are those of the table.
+/// Requires that the lines of `output` are those of the table.
 #[track_caller]
-fn holds(host: &Host, told: &str, table: &str) {
+fn holds(host: &Host, output: &str, table: &str) {
     let (own, other) = match host.runtime {
         Runtime::Caisson => ("caisson|", "runc|"),
         Runtime::Runc => ("runc|", "caisson|"),
     };
     let wanted = table.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(other));
     let wanted: Vec<&str> = wanted.map(|line| line.strip_prefix(own).unwrap_or(line)).collect();
-    let told: Vec<&str> = told.lines().map(str::trim).collect();
-    let wrong: Vec<String> = told
+    let output: Vec<&str> = output.lines().map(str::trim).collect();
+    let wrong: Vec<String> = output
         .iter()
         .zip(&wanted)
-        .filter(|(told, wanted)| told != wanted)
-        .map(|(told, wanted)| format!("{told:?} must be {wanted:?}"))
+        .filter(|(output, wanted)| output != wanted)
+        .map(|(output, wanted)| format!("{output:?} must be {wanted:?}"))
         .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert_eq!(told.len(), wanted.len(), "{told:#?}");
+    assert_eq!(output.len(), wanted.len(), "{output:#?}");
 }

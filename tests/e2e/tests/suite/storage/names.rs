@@ -59,20 +59,20 @@ const DIRECTORIES: &str = "
 fn on_a_volume(host: &Host) {
     let directory = volume(host);
     let container = with_volume(host, "volume", &directory).flag("--cap-add=CAP_DAC_READ_SEARCH");
-    let told = container.run(&["probe", "cases", "names", "/v", "/"]).succeeded();
-    holds(host, &told, &[UNNAMED, RENAMES, WHITEOUT, DIRECTORIES].join("\n"));
+    let output = container.run(&["probe", "cases", "names", "/v", "/"]).succeeded();
+    holds(host, &output, &[UNNAMED, RENAMES, WHITEOUT, DIRECTORIES].join("\n"));
 }
 
 fn on_the_root(host: &Host) {
     let directory = volume(host);
     let container = with_volume(host, "root", &directory).flag("--cap-add=CAP_DAC_READ_SEARCH");
-    let told = container.run(&["probe", "cases", "names", "/tmp", "/v"]).succeeded();
+    let output = container.run(&["probe", "cases", "names", "/tmp", "/v"]).succeeded();
     // An overlay of the host's kernel (6.1) makes no files without a name.
-    holds(host, &told, &["O_TMPFILE: EOPNOTSUPP", RENAMES, NO_WHITEOUT, DIRECTORIES].join("\n"));
+    holds(host, &output, &["O_TMPFILE: EOPNOTSUPP", RENAMES, NO_WHITEOUT, DIRECTORIES].join("\n"));
 }
 
 fn of_the_image(host: &Host) {
-    let told = host.container("image").run(&["probe", "cases", "image"]).succeeded();
+    let output = host.container("image").run(&["probe", "cases", "image"]).succeeded();
     // Directories of a lower layer are not renamed: programs copy them instead.
     let table = "
         a directory of the image: EXDEV
@@ -90,7 +90,7 @@ fn of_the_image(host: &Host) {
         and renamed: done
         EXCHANGE of directories of the image: EXDEV
         the root: bin dev etc newer proc root run sys tmp usr";
-    holds(host, &told, table);
+    holds(host, &output, table);
     // mv(1) does it by copying.
     let moved = host.container("moved").sh("mv /etc /elsewhere && ls /elsewhere && ls /etc 2> /dev/null || echo gone");
     assert_eq!(moved.succeeded(), "group\npasswd\ngone\n");

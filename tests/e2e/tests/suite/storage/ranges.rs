@@ -62,14 +62,14 @@ fn of_files(host: &Host) {
     let directory = volume(host);
     let pod = with_volume(host, "ranges", &directory).start_idle();
     for (name, place) in [("volume", "/v"), ("root", "/tmp")] {
-        let told = pod.exec(name, &["probe", "cases", "ranges", place]);
-        holds(host, &told.succeeded(), TABLE);
+        let output = pod.exec(name, &["probe", "cases", "ranges", place]);
+        holds(host, &output.succeeded(), TABLE);
     }
     fs::write(directory.join("born"), "on the host").expect("it is written");
     let born = fs::metadata(directory.join("born")).and_then(|meta| meta.created()).expect("ext4 knows it");
     let born = born.duration_since(UNIX_EPOCH).expect("it is later");
-    let told = pod.exec("born", &["probe", "cases", "born", "/v/born"]).succeeded();
-    assert_eq!(told, format!("born: {}.{:09}\n", born.as_secs(), born.subsec_nanos()));
+    let output = pod.exec("born", &["probe", "cases", "born", "/v/born"]).succeeded();
+    assert_eq!(output, format!("born: {}.{:09}\n", born.as_secs(), born.subsec_nanos()));
     pod.end();
 }
 
@@ -79,10 +79,10 @@ fn copies_of_files_with_holes(host: &Host) {
     let script = "cd /v && truncate -s 32M sparse && printf data | dd of=sparse bs=1M seek=16 conv=notrunc status=none && \
         cp sparse copied && cp --sparse=never copied full && tar -cSf - sparse | tar -xOf - | cmp - sparse && \
         tar -cSf packed sparse && cmp sparse copied && cmp sparse full && du -k sparse copied full packed | sort -k2";
-    let told = with_volume(host, "sparse", &directory).sh(script).succeeded();
-    let sizes: Vec<u32> = told.lines().filter_map(|line| line.split('\t').next()?.parse().ok()).collect();
-    let [copied, full, packed, sparse] = sizes[..] else { panic!("{told}") };
-    assert!(copied < 100 && packed < 100 && sparse < 100 && full >= 32 << 10, "KiB in use: {told}");
+    let output = with_volume(host, "sparse", &directory).sh(script).succeeded();
+    let sizes: Vec<u32> = output.lines().filter_map(|line| line.split('\t').next()?.parse().ok()).collect();
+    let [copied, full, packed, sparse] = sizes[..] else { panic!("{output}") };
+    assert!(copied < 100 && packed < 100 && sparse < 100 && full >= 32 << 10, "KiB in use: {output}");
     let blocks = fs::metadata(directory.join("copied")).expect("it is there").blocks();
     assert!(blocks < 200, "{blocks} blocks on the host");
 }

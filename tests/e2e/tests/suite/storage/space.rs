@@ -13,13 +13,13 @@ caisson_e2e::for_each_runtime!(
 );
 
 /// Requires that a write has failed with `error`, and that all that was written before is there; gives its length.
-fn filled(told: &str, error: &str, file: &Path) -> u64 {
+fn filled(output: &str, error: &str, file: &Path) -> u64 {
     let value = |name: &str| {
-        let line = told.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
-        line.unwrap_or_else(|| panic!("no {name} in {told}")).to_owned()
+        let line = output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        line.unwrap_or_else(|| panic!("no {name} in {output}")).to_owned()
     };
-    assert_eq!((&*value("fill"), &*value("fsync")), (error, "done"), "{told}");
-    assert_eq!(value("written"), value("length"), "{told}");
+    assert_eq!((&*value("fill"), &*value("fsync")), (error, "done"), "{output}");
+    assert_eq!(value("written"), value("length"), "{output}");
     let bytes = fs::read(file).expect("it is there");
     assert_eq!(bytes.len().to_string(), value("written"));
     assert!(bytes.iter().all(|byte| *byte == 7), "other bytes than written");
@@ -28,14 +28,17 @@ fn filled(told: &str, error: &str, file: &Path) -> u64 {
 
 fn a_full_disk(host: &Host) {
     let directory = volume(host);
-    let told = with_volume(host, "volume", &directory).run(&["probe", "cases", "fill", "/v/file"]).succeeded();
-    let length = filled(&told, "ENOSPC", &directory.join("file"));
+    let output = with_volume(host, "volume", &directory).run(&["probe", "cases", "fill", "/v/file"]).succeeded();
+    let length = filled(&output, "ENOSPC", &directory.join("file"));
     assert!(length > 16 << 20, "only {length} bytes");
     // There is space again as soon as the host has made some.
     fs::remove_file(directory.join("file")).expect("it is there");
     let script = "probe cases fill /file; rm /file; echo again > /file && cat /file";
-    let told = host.container("root").sh(script).succeeded();
-    assert!(told.contains("fill: ENOSPC") && told.contains("fsync: done") && told.ends_with("again\n"), "{told}");
+    let output = host.container("root").sh(script).succeeded();
+    assert!(
+        output.contains("fill: ENOSPC") && output.contains("fsync: done") && output.ends_with("again\n"),
+        "{output}"
+    );
 }
 
 fn a_quota_that_is_used_up(host: &Host) {
@@ -47,8 +50,8 @@ fn a_quota_that_is_used_up(host: &Host) {
     fs::create_dir(&directory).expect("a new directory");
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).expect("it takes modes");
     disk.limit(&directory, 4);
-    let told = with_volume(host, "quota", &directory).run(&["probe", "cases", "fill", "/v/file"]).succeeded();
-    let length = filled(&told, "EDQUOT", &directory.join("file"));
+    let output = with_volume(host, "quota", &directory).run(&["probe", "cases", "fill", "/v/file"]).succeeded();
+    let length = filled(&output, "EDQUOT", &directory.join("file"));
     assert!((3 << 20..=4 << 20).contains(&length), "{length} bytes of 4 MiB");
     drop(disk);
     let _ = fs::remove_dir(&at);
@@ -56,6 +59,6 @@ fn a_quota_that_is_used_up(host: &Host) {
 
 fn a_file_that_is_too_large(host: &Host) {
     let directory = volume(host);
-    let told = with_volume(host, "large", &directory).run(&["probe", "cases", "too-large", "/v"]).succeeded();
-    holds(host, &told, "write: EFBIG\ntruncate: EFBIG\nfsync: done\nlength: 0");
+    let output = with_volume(host, "large", &directory).run(&["probe", "cases", "too-large", "/v"]).succeeded();
+    holds(host, &output, "write: EFBIG\ntruncate: EFBIG\nfsync: done\nlength: 0");
 }
