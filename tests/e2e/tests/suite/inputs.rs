@@ -22,7 +22,7 @@ caisson_e2e::for_each_runtime!(of_execs_by_hand, of_containers_by_hand, of_a_ter
 enum Order {
     /// All at once; CloseIO when it is written.
     AtOnce,
-    /// CloseIO at once, while it is still being written.
+    /// CloseIO as soon as the client has opened its end, while it is still writing.
     CloseFirst,
     /// A part, which is seen to come back; then the rest, and the end.
     Later,
@@ -66,14 +66,19 @@ impl Client {
         let first = if matches!(order, Order::Later) { sent.len() / 2 } else { sent.len() };
         let (stdin, all) = (self.stdin, sent.to_vec());
         let (tell, go_on) = std::sync::mpsc::channel();
+        let (opened, is_open) = std::sync::mpsc::channel();
         let writer = thread::spawn(move || {
             let mut stdin = File::options().write(true).open(stdin)?;
+            let _ = opened.send(());
             stdin.write_all(&all[..first])?;
             let _ = go_on.recv();
             stdin.write_all(&all[first..])
         });
         match order {
-            Order::CloseFirst => close(),
+            Order::CloseFirst => {
+                is_open.recv_timeout(STEP).expect("the shim opens the FIFO, too");
+                close();
+            }
             Order::AtOnce => {}
             Order::Later => {
                 let here = |text: &str| (text.len() >= first).then_some(());
