@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use rustix::fs::{IFlags, ioctl_getflags};
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use super::{below, case, done};
 
@@ -36,4 +36,31 @@ pub fn all(directory: &Path) {
         let known = IFlags::IMMUTABLE | IFlags::APPEND | IFlags::NODUMP;
         case(&format!("{name}: flags"), flags.map(|flags| format!("{:#x}", (flags & known).bits())));
     }
+}
+
+/// Changes the flags of `plain` in `directory`, which holds none.
+pub fn change(directory: &Path) {
+    let file = directory.join("plain");
+    let set = |more: IFlags| {
+        let file = File::open(&file)?;
+        Ok::<_, io::Error>(ioctl_setflags(&file, ioctl_getflags(&file)? | more)?)
+    };
+    case("chattr +d", done(set(IFlags::NODUMP)));
+    let flags = File::open(&file).and_then(|file| Ok(ioctl_getflags(&file)?));
+    case("lsattr", flags.map(|flags| format!("{:#x}", (flags & IFlags::NODUMP).bits())));
+    case("chattr +i without the capability", done(set(IFlags::IMMUTABLE)));
+}
+
+/// Opens `append` in `directory`, which is append-only, to write anywhere.
+pub fn write_into(directory: &Path) {
+    let file = directory.join("append");
+    match File::options().write(true).open(&file) {
+        Ok(mut file) => {
+            case("open to write", Ok::<_, io::Error>("done"));
+            case("write", done(file.write_all(b"BEFORE")));
+            case("fsync", done(file.sync_all()));
+        }
+        Err(error) => case("open to write", Err::<&str, _>(error)),
+    }
+    case("content", fs::read_to_string(&file).map(|text| text.trim().to_owned()));
 }

@@ -35,6 +35,8 @@ pub fn run(words: &[&str]) -> Result<()> {
         ["opens", file] => attributes::opens(path(file)),
         ["capabilities"] => attributes::capabilities(),
         ["flags", directory] => flags::all(path(directory)),
+        ["change-flags", directory] => flags::change(path(directory)),
+        ["write-into", directory] => flags::write_into(path(directory)),
         ["sharing", one, other] => sharing::all(path(one), path(other)),
         ["append", file, word, count] => space::append(path(file), word, crate::number(count)?),
         ["fill", file] => space::fill(path(file)),

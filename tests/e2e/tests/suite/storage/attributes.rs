@@ -13,6 +13,8 @@ use super::{holds, volume, with_volume};
 caisson_e2e::for_each_runtime!(
     extended in Setup::default().image(Image::Probe).disk(64),
     flags_of_the_host in Setup::default().image(Image::Probe).disk(64),
+    flags_that_a_container_changes in Setup::default().image(Image::Probe).disk(64),
+    append_only_files_are_not_opened_to_write in Setup::default().image(Image::Probe).disk(64),
 );
 
 const TABLE: &str = "
@@ -147,4 +149,21 @@ fn flags_of_the_host(host: &Host) {
     holds(host, &output, FLAGS);
     assert_eq!(fs::read_to_string(path("immutable")).expect("it is there"), "before\n");
     assert_eq!(fs::read_to_string(path("append")).expect("it is there"), "before\nmore\n");
+}
+
+fn flags_that_a_container_changes(host: &Host) {
+    let directory = volume(host);
+    fs::write(directory.join("plain"), "before\n").expect("it is written");
+    let output = with_volume(host, "flags", &directory).run(&["probe", "cases", "change-flags", "/v"]).succeeded();
+    holds(host, &output, "chattr +d: done\nlsattr: 0x40\nchattr +i without the capability: EPERM");
+}
+
+fn append_only_files_are_not_opened_to_write(host: &Host) {
+    let directory = volume(host);
+    fs::write(directory.join("append"), "before\n").expect("it is written");
+    let flagged = Flagged::set(&directory.join("append"), IFlags::APPEND);
+    let output = with_volume(host, "flags", &directory).run(&["probe", "cases", "write-into", "/v"]).succeeded();
+    drop(flagged);
+    assert_eq!(fs::read_to_string(directory.join("append")).expect("it is there"), "before\n");
+    holds(host, &output, "open to write: EPERM\ncontent: before");
 }
