@@ -54,8 +54,9 @@ lint: tools ## Check format, lints and documentation; warnings are errors
 	for script in $$(git grep -lE '^#!/bin/(ba)?sh' -- . ':!*.rs'); do bash -n "$$script"; done
 
 .PHONY: bench
-bench: deps build image oci host ## Measure in exact virtual time: target/bench/report.json and report.svg
-	@tests/bench/run
+bench: deps build image oci host ## Measure in exact virtual time: target/bench/report.json and report.svg; PARTS="alone crowd storage" for some of it
+	cargo build --locked --release --target $(MUSL) -p caisson-e2e-probe
+	@tests/bench/run $(PARTS)
 
 .PHONY: soak
 soak: deps suites ## The containerd and VM tests in every full size: takes hours where KVM is emulated

@@ -4,7 +4,8 @@
 //! caisson-bench ──► nested-host --exact --in-ram ──► caisson-bench --inside alone    measure.rs, memory.rs, work.rs
 //!      │ ▲                                                 │ one line of JSON on standard output
 //!      │ └── report.json, report.svg, a table ◄────────────┤
-//!      └────► another one ───────────────────► caisson-bench --inside crowd    crowd.rs
+//!      ├────► another one ───────────────────► caisson-bench --inside crowd    crowd.rs
+//!      └────► another one ───────────────────► caisson-bench --inside storage  storage.rs
 //! ```
 //!
 //! The exact nested host has one processor and a clock that counts instructions, and everything that is measured lies in
@@ -18,6 +19,7 @@ mod figures;
 mod measure;
 mod memory;
 mod picture;
+mod storage;
 mod work;
 
 use std::{
@@ -51,6 +53,13 @@ struct Arguments {
     #[arg(long, default_value_t = 3600)]
     timeout: u32,
 
+    /// What to measure; everything, if nothing is named
+    parts: Vec<Part>,
+
+    /// Files of the storage part
+    #[arg(long, default_value_t = storage::FILES)]
+    files: usize,
+
     /// Where report.json and report.svg go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -71,6 +80,8 @@ enum Part {
     Alone,
     /// Many pods.
     Crowd,
+    /// Files of a pod.
+    Storage,
 }
 
 /// Marks the report among whatever else comes out of the nested host.
@@ -94,14 +105,16 @@ fn main() -> Result<()> {
         let report = match part {
             Part::Alone => measure::all(arguments.runs, arguments.only_runc)?,
             Part::Crowd => crowd::all(arguments.only_runc)?,
+            Part::Storage => storage::all(arguments.files, arguments.only_runc)?,
         };
         println!("{MARK}{}", serde_json::to_string(&report)?);
         return Ok(());
     }
     let mut report = Report::default();
-    for part in [Part::Alone, Part::Crowd] {
-        report.0.extend(in_nested_host(&arguments, part)?.0);
-        // What there is: the second part takes as long as the first.
+    let parts = if arguments.parts.is_empty() { Part::value_variants() } else { &arguments.parts };
+    for part in parts {
+        report.0.extend(in_nested_host(&arguments, *part)?.0);
+        // What there is: each part takes minutes.
         write(&arguments.out, &report)?;
     }
     print!("{}", report.table());
@@ -125,6 +138,7 @@ fn in_nested_host(arguments: &Arguments, part: Part) -> Result<Report> {
     command.args(["--exact", "--in-ram", "--mem", "3072", "--timeout", &arguments.timeout.to_string()]);
     let mut programs: Vec<PathBuf> = ["containerd", "ctr", "containerd-shim-runc-v2", "runc"].map(PathBuf::from).into();
     programs.push(own.clone());
+    programs.push(bin_dir().join("caisson-e2e-probe"));
     let mut files = vec![oci_dir().join("busybox.tar")];
     if !arguments.only_runc {
         programs.extend(measure::PROGRAMS.map(|name| bin_dir().join(name)));
@@ -143,6 +157,7 @@ fn in_nested_host(arguments: &Arguments, part: Part) -> Result<Report> {
     }
     let part = part.to_possible_value().context("a part without a name")?;
     command.arg("--").arg(&own).args(["--inside", part.get_name(), "--runs", &arguments.runs.to_string()]);
+    command.args(["--files", &arguments.files.to_string()]);
     if arguments.only_runc {
         command.arg("--only-runc");
     }

@@ -9,14 +9,18 @@
 //! probe files DIRECTORY COUNT MIB     every check on files; prints `ok NAME` for each, fails at the first that fails
 //! probe lines COUNT                   COUNT numbered lines to standard output and error, taking turns
 //! probe as UID DIRECTORY              what a user may and may not do (started by `files`)
+//! probe cases GROUP ARGUMENT...       system calls, each with what the kernel answered (see `cases`)
+//! probe storage DIRECTORY FILES MIB   the times of the storage benchmark
 //! ```
 //!
 //! It is static (musl), so it runs on any image.
 
+mod cases;
 mod files;
 mod hook;
 mod see;
 mod space;
+mod storage;
 mod users;
 
 use std::{
@@ -45,9 +49,12 @@ fn main() -> Result<()> {
         ["call", call] => see::call(call),
         ["hook", file, name] => hook::note(Path::new(file), name),
         ["lines", count] => lines(number(count)?),
+        ["cases", ref words @ ..] => cases::run(words),
+        ["storage", directory, files, mib] => storage::run(Path::new(directory), number(files)?, number(mib)?),
         ["as", uid, directory] => users::as_user(number(uid)? as u32, Path::new(directory)),
         _ => bail!(
-            "usage: probe files DIRECTORY COUNT MIB | lines COUNT | as UID DIRECTORY | report [WORD...] | hook FILE NAME"
+            "usage: probe files DIRECTORY COUNT MIB | lines COUNT | as UID DIRECTORY | report [WORD...] | hook FILE NAME | \
+             cases GROUP ARGUMENT... | storage DIRECTORY FILES MIB"
         ),
     }
 }

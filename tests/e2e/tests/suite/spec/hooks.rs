@@ -51,6 +51,13 @@ fn hooks(host: &Host) {
         assert!(state["pid"].as_u64().is_some_and(|pid| pid > 0) || status == "stopped", "{note}");
         assert_eq!(note["environment"]["NAME"], note["name"], "{note}");
     }
+    // Network plugins run as such a hook, and configure the namespace of this pid: it must not be the host's.
+    let of_host = fs::read_link("/proc/self/ns/net").expect("this is Linux");
+    for note in &notes[..2] {
+        let of_task = note["task_namespaces"]["net"].as_str().unwrap_or_else(|| panic!("no network namespace: {note}"));
+        assert_ne!(of_task, of_host.to_string_lossy(), "{note}");
+        assert_eq!(note["namespaces"]["net"], *of_host.to_string_lossy(), "{note}");
+    }
     let notes = read(&root.join("hooks"));
     assert_eq!(notes.len(), 1, "{notes:?}");
     assert_eq!(notes[0]["name"], "startContainer");

@@ -13,7 +13,12 @@ use caisson_e2e::{
 use caisson_e2e_probe::{Look, Outcome, Report};
 use serde_json::json;
 
-caisson_e2e::for_each_runtime!(new_file_systems, directories_and_files_of_the_host, a_root_that_is_read_only);
+caisson_e2e::for_each_runtime!(
+    new_file_systems,
+    directories_and_files_of_the_host,
+    a_root_that_is_read_only,
+    relative_destinations,
+);
 
 const READ_ONLY: Outcome = Outcome::Refused(libc::EROFS);
 
@@ -180,4 +185,22 @@ fn a_root_that_is_read_only(host: &Host) {
     }
     assert_ne!(report.writes["/sys/kernel"], Outcome::Done);
     holds(&spec, &report);
+}
+
+/// They are taken from the root on, as runc takes them.
+fn relative_destinations(host: &Host) {
+    let given = Given::new(host, "relative");
+    let shared = host.directory().join("shared");
+    fs::create_dir(&shared).expect("the test's directory takes files");
+    fs::write(shared.join("file"), "of the host\n").expect("the test's directory takes files");
+    let given = given
+        .mount("relative/place", "tmpfs", "tmpfs", &["size=64k"])
+        .mount("tmp/shared", "bind", &shared.to_string_lossy(), &["rbind", "ro"])
+        .ask(&["write=/relative/place", "look=/tmp/shared/file", "write=/tmp/shared"]);
+    let (_, report) = given.report();
+    assert_eq!(report.writes["/relative/place"], Outcome::Done);
+    assert_eq!(report.writes["/tmp/shared"], READ_ONLY);
+    assert_eq!(text_at(&report, "/tmp/shared/file"), "of the host");
+    let points: Vec<&str> = report.mounts.iter().map(|mount| &*mount.point).collect();
+    assert!(points.contains(&"/relative/place") && points.contains(&"/tmp/shared"), "{points:?}");
 }
