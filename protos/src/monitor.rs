@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Descriptors are numbered in the order in which they were attached to the packet that mentions them
-//! ([`DescriptorIndex`]). When the parent's end closes, caisson-vmm ends at once: a monitor never outlives its pod.
+//! ([`DescriptorIndex`]). When the parent's end closes, caisson-vmm ends at once: a monitor never outlives its pod. A packet
+//! that is not a command ends it, too, since nobody could be answered: [`ExitReason::MonitorError`] with the reason.
 //!
 //! Packets are postcard after one version byte ([`encode`], [`decode`]), at most [`MAX_PACKET`] bytes, with
 //! at most [`MAX_DESCRIPTORS`] descriptors.
@@ -28,7 +29,7 @@ pub const MAX_PACKET: usize = 64 * 1024;
 /// The most descriptors that one packet carries (Linux allows 253, SCM_MAX_FD in include/net/scm.h).
 pub const MAX_DESCRIPTORS: usize = 64;
 
-/// Which of the packet's descriptors is meant, counted from 0.
+/// Index of one of the packet's descriptors, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DescriptorIndex(pub u8);
 
@@ -131,7 +132,7 @@ pub struct ConsoleConfig {
 pub struct VsockConfig {
     /// The guest's context id, 3 or more.
     pub guest_cid: u64,
-    /// Host to guest: a listening SOCK_STREAM Unix socket. Whoever connects writes `CONNECT <guest port>\n`, reads
+    /// Host to guest: a listening SOCK_STREAM Unix socket. A client writes `CONNECT <guest port>\n`, reads
     /// `OK <host port>\n` when the guest has accepted (or finds the socket closed when it has refused), and then owns one stream.
     pub listener: DescriptorIndex,
     /// Guest to host: a SOCK_SEQPACKET Unix socket. For each stream that the guest opens to CID 2 the monitor makes a
@@ -154,7 +155,8 @@ pub struct GuestStream {
 pub struct DiskConfig {
     /// Up to 20 bytes of printable ASCII: the serial number that the guest sees (`/sys/block/vda/serial`).
     pub serial: String,
-    /// A regular file or block device. Its size is rounded down to whole 512-byte sectors. Never probed for a format.
+    /// A regular file or block device, opened without O_DIRECT and, to be written, without O_APPEND. Its size is rounded down to
+    /// whole 512-byte sectors. Never probed for a format.
     pub file: DescriptorIndex,
     /// Offered as read-only, and writes are refused whatever the guest sends.
     pub read_only: bool,
@@ -233,12 +235,15 @@ pub enum CodecError {
     /// Another version of Caisson at the other end.
     #[error("control packet has version {0}, expected {VERSION}: install the parts of one Caisson release together")]
     Version(u8),
-    /// Nothing in it.
+    /// A packet without bytes.
     #[error("empty control packet")]
     Empty,
     /// Larger than [`MAX_PACKET`].
     #[error("control packet of {0} bytes exceeds {MAX_PACKET}")]
     TooLarge(usize),
+    /// Longer than its message.
+    #[error("malformed control packet: {0} bytes follow its message")]
+    Trailing(usize),
     /// Not what the type expects.
     #[error("malformed control packet: {0}")]
     Malformed(#[from] postcard::Error),
@@ -263,7 +268,7 @@ pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, CodecError> {
         return Err(CodecError::Version(*version));
     }
     let (message, rest) = postcard::take_from_bytes(body)?;
-    if rest.is_empty() { Ok(message) } else { Err(CodecError::TooLarge(packet.len())) }
+    if rest.is_empty() { Ok(message) } else { Err(CodecError::Trailing(rest.len())) }
 }
 
 #[cfg(test)]

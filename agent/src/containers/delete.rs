@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// How long a killed process may take to be gone.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long writing back may take.
 const SYNC_LIMIT: Duration = Duration::from_secs(60);
 

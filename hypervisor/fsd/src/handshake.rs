@@ -15,7 +15,8 @@
 //! trusts its own idea of a file's size and content. Instead it asks before each read whether the file has changed, and
 //! then drops what it has of it. Names are looked up each time, so a listing has no use for attributes. Of an open for
 //! writing the guest says when it ends, as the host's processes cannot execute such a file. Their locks are the host's
-//! ([`crate::locks`]).
+//! ([`crate::locks`]). They may be mounted with mapped ids (Linux 6.12): the guest translates the owners that it gets and
+//! sends, and a request that creates nothing then has user and group -1. Nothing here asks who it is from.
 
 use fuse_backend_rs::abi::fuse_abi::FsOptions;
 
@@ -40,10 +41,23 @@ impl Sharing {
                 .difference(FsOptions::READDIRPLUS_AUTO)
                 .union(FsOptions::AUTO_INVAL_DATA)
                 .union(FsOptions::POSIX_LOCKS)
-                .union(FsOptions::FLOCK_LOCKS),
+                .union(FsOptions::FLOCK_LOCKS)
+                .union(FsOptions::INIT_EXT),
         }
     }
+
+    /// The same, with what the crate has no names for.
+    const fn offered(self) -> u64 {
+        let more = match self {
+            Self::Alone => 0,
+            Self::WithHost => ALLOW_IDMAP,
+        };
+        self.options().bits() | SETXATTR_EXT as u64 | more
+    }
 }
+
+/// FUSE_ALLOW_IDMAP of include/uapi/linux/fuse.h.
+const ALLOW_IDMAP: u64 = 1 << 40;
 
 /// Everything that this server does, if the guest can.
 pub const OPTIONS: FsOptions = FsOptions::from_bits_truncate(
@@ -106,7 +120,11 @@ pub fn answer(body: &[u8], send_buffer: usize, sharing: Sharing) -> Result<[u8; 
     }
     let pages = pages(send_buffer);
     put(8, &readahead.to_le_bytes());
-    put(12, &((sharing.options().bits() as u32 | SETXATTR_EXT) & flags).to_le_bytes());
+    // The upper half is there if the guest says so.
+    let upper = if flags & FsOptions::INIT_EXT.bits() as u32 != 0 { field(16).unwrap_or(0) } else { 0 };
+    let agreed = sharing.offered() & (u64::from(upper) << 32 | u64::from(flags));
+    put(12, &(agreed as u32).to_le_bytes());
+    put(32, &((agreed >> 32) as u32).to_le_bytes());
     // Requests in the background and when to throttle: as many as the queue holds.
     put(16, &512u16.to_le_bytes());
     put(18, &384u16.to_le_bytes());
@@ -169,6 +187,19 @@ mod tests {
         assert!(!with_host.intersects(FsOptions::WRITEBACK_CACHE | FsOptions::EXPLICIT_INVAL_DATA));
         assert!(with_host.contains(FsOptions::AUTO_INVAL_DATA));
         assert!(alone.contains(FsOptions::DO_READDIRPLUS) && !with_host.contains(FsOptions::DO_READDIRPLUS));
+    }
+
+    #[test]
+    fn ids_can_be_mapped_of_files_that_the_host_has_as_well() {
+        let mut body = init(7, 41, u32::MAX);
+        let upper = |body: &[u8], sharing| field(&answer(body, 8 << 20, sharing).unwrap(), 32);
+        assert_eq!(upper(&body, Sharing::WithHost), 0);
+        body[16..20].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(upper(&body, Sharing::WithHost), 1 << 8);
+        assert_eq!(upper(&body, Sharing::Alone), 0);
+        // What lies there means nothing without INIT_EXT.
+        body[12..16].copy_from_slice(&(!(1u32 << 30)).to_le_bytes());
+        assert_eq!(upper(&body, Sharing::WithHost), 0);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 use std::{
     os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, Barrier},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -83,21 +83,33 @@ fn run(log: &Logger) -> Result<()> {
         sessions.push(Session::new(socket, tree, threads, log.clone())?);
     }
     drop(jail);
+    // All threads wait here twice: when they are ready for the filter (see caisson_fsd::jail), and until it is there.
+    let gate = Barrier::new(sessions.len() * threads + 1);
     std::thread::scope(|scope| {
-        for session in sessions.iter().flat_map(|session| std::iter::repeat_n(session, threads)) {
-            // Threads of their own, because they change their user all the time and the main thread must not (see
-            // jail::enter).
-            let thread = std::thread::Builder::new().name("fs".into()).stack_size(STACK);
-            thread.spawn_scoped(scope, || serve(session))?;
+        let start = || {
+            for session in sessions.iter().flat_map(|session| std::iter::repeat_n(session, threads)) {
+                // Threads of their own, because they change their user all the time and the main thread must not (see
+                // jail::enter).
+                let thread = std::thread::Builder::new().name("fs".into()).stack_size(STACK);
+                thread.spawn_scoped(scope, || serve(session, &gate))?;
+            }
+            gate.wait();
+            jail::filter::install()?;
+            gate.wait();
+            anyhow::Ok(())
+        };
+        if let Err(error) = start() {
+            // The threads that wait would wait for ever.
+            error!(log, "{:#}", error);
+            std::process::exit(1);
         }
-        anyhow::Ok(())
-    })?;
+    });
     info!(log, "the monitor closed its end");
     Ok(())
 }
 
 /// Serves one socket until it closes. When that fails the process ends, also for the other socket: the pod needs both.
-fn serve(session: &Session) {
+fn serve(session: &Session, gate: &Barrier) {
     /// Ends the process if the thread panics.
     struct ExitOnPanic;
     impl Drop for ExitOnPanic {
@@ -110,8 +122,10 @@ fn serve(session: &Session) {
     let _exit_on_panic = ExitOnPanic;
     // The umask, which each request sets, is a thread's own only if its working directory is.
     // SAFETY: no FILES flag: the table of descriptors stays as it is.
-    let served = unsafe { unshare_unsafe(UnshareFlags::FS) }.and_then(|()| session.run());
-    if let Err(errno) = served {
+    let unshared = unsafe { unshare_unsafe(UnshareFlags::FS) };
+    gate.wait();
+    gate.wait();
+    if let Err(errno) = unshared.and_then(|()| session.run()) {
         error!(session.log(), "the socket to the monitor failed"; "error" => %errno);
         std::process::exit(1);
     }

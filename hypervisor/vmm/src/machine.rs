@@ -5,10 +5,11 @@
 
 mod devices;
 
-use std::{io, sync::Arc};
+use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use caisson_protos::monitor::{MachineConfig, MachineStats};
 use kvm_ioctls::{Kvm, VmFd};
+use rustix::fs::{OFlags, fcntl_getfl};
 use slog::Logger;
 use vm_memory::GuestMemoryBackend;
 
@@ -22,7 +23,7 @@ use crate::{
     memory::{self, Backing, MemoryError},
     output::Output,
     ports::Ports,
-    vcpu::{self, Gate, Running, Surroundings, Vcpu},
+    vcpu::{self, Gate, Running, Vcpu, VcpuContext},
     virtio::{
         GuestMemory,
         mmio::{MmioDevice, RegisterPages},
@@ -56,8 +57,8 @@ pub enum MachineError {
     #[error("serial number {0:?} of a disk: use up to 20 bytes of printable ASCII")]
     Serial(String),
     /// Two disks or shares of one name.
-    #[error("two {what} have the name {name:?}: use different ones")]
-    Twice {
+    #[error("duplicate name {name:?} of {what}: use different ones")]
+    DuplicateName {
         /// Of what.
         what: &'static str,
         /// The name.
@@ -66,6 +67,9 @@ pub enum MachineError {
     /// The guest's context id.
     #[error("guest context id {0}: use 3 to 4294967294")]
     GuestCid(u64),
+    /// A console that a vCPU would wait for.
+    #[error("console: the descriptor may block: set O_NONBLOCK on it")]
+    BlockingConsole,
     /// A descriptor.
     #[error(transparent)]
     Descriptor(#[from] DescriptorError),
@@ -136,7 +140,9 @@ impl Machine {
         let console = match &config.console {
             Some(console) => {
                 command_line.add_console(console.early);
-                Some(Output::new(fds.output(console.output, "console")?))
+                let output = fds.output(console.output, "console")?;
+                check_nonblocking(&output)?;
+                Some(Output::new(output))
             }
             None => None,
         };
@@ -158,9 +164,9 @@ impl Machine {
 
         let ports = Ports::new(console).map_err(system("eventfd for the console"))?;
         let vm = kvm::create_machine(kvm, &memory, config.vcpus)?;
-        kvm::show_registers(kvm, &vm, memory.num_regions(), &pages)?;
+        kvm::map_registers(kvm, &vm, memory.num_regions(), &pages)?;
         for (index, (device, irq)) in devices.iter().zip(VIRTIO_IRQS).enumerate() {
-            device.connect(&vm, device_base(index), irq).map_err(system("joining a device to KVM"))?;
+            device.connect(&vm, device_base(index), irq).map_err(system("connecting a device to KVM"))?;
         }
         if let Some(interrupt) = ports.serial_interrupt().map_err(system("eventfd for the console"))? {
             vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(kvm::call("KVM_IRQFD"))?;
@@ -187,8 +193,8 @@ impl Machine {
     pub fn start(&mut self, end: &Arc<End>) -> Result<(), MachineError> {
         vcpu::install_kick().map_err(system("signal handler"))?;
         for vcpu in std::mem::take(&mut self.waiting) {
-            let surroundings = Surroundings { bus: self.bus.clone(), end: end.clone(), gate: self.gate.clone() };
-            self.running.push(vcpu.start(surroundings).map_err(system("thread for a vCPU"))?);
+            let context = VcpuContext { bus: self.bus.clone(), end: end.clone(), gate: self.gate.clone() };
+            self.running.push(vcpu.start(context).map_err(system("thread for a vCPU"))?);
         }
         Ok(())
     }
@@ -203,6 +209,11 @@ impl Machine {
     /// Lets them run on.
     pub fn resume(&self) {
         self.gate.open();
+    }
+
+    /// Whether a device holds bytes of the guest for somebody who is slow to read them.
+    pub fn has_undelivered(&self) -> bool {
+        self.bus.devices.iter().any(|device| device.has_undelivered())
     }
 
     /// What happened so far.
@@ -224,4 +235,10 @@ impl Machine {
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::System { what, source }
+}
+
+/// A vCPU writes to it, while it holds the serial port.
+fn check_nonblocking(output: &OwnedFd) -> Result<(), MachineError> {
+    let flags = fcntl_getfl(output).map_err(|error| system("console")(error.into()))?;
+    if flags.contains(OFlags::NONBLOCK) { Ok(()) } else { Err(MachineError::BlockingConsole) }
 }

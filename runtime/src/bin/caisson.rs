@@ -22,7 +22,7 @@ enum Action {
 fn main() -> anyhow::Result<ExitCode> {
     match Arguments::parse().command {
         Action::Check => {
-            let fit = caisson_runtime::check::check(&mut stdout().lock()).context("cannot print")?;
+            let fit = caisson_runtime::host::check::check(&mut stdout().lock()).context("cannot print")?;
             Ok(if fit { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
     }

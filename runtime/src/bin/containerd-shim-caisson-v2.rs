@@ -3,7 +3,7 @@
 use std::{env, io::Write, process::ExitCode};
 
 use anyhow::bail;
-use caisson_runtime::{daemon, delete, flags::Flags, info, start};
+use caisson_runtime::shim::{daemon, delete, flags::Flags, info, start};
 
 fn main() -> ExitCode {
     match run() {

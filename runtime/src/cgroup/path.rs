@@ -64,7 +64,7 @@ fn check_name(name: &str) -> Result<(), &'static str> {
     match name {
         "." | ".." => Err("has the component . or .., which leads elsewhere"),
         _ if name.len() > MAX_NAME => Err("has a component of more than 255 bytes"),
-        _ if name.contains(['/', '\0', '\n']) => Err("has a character in it that no cgroup's name can have"),
+        _ if name.contains(['/', '\0', '\n']) => Err("has a character that a cgroup's name cannot have"),
         // The kernel's own files in every cgroup.
         _ if name.starts_with("cgroup.") => Err("has a component that begins with \"cgroup.\", which is the kernel's"),
         _ => Ok(()),
@@ -87,7 +87,7 @@ fn slices(slice: &str) -> Result<Vec<String>, &'static str> {
     let slice = if slice.is_empty() { "system.slice" } else { slice };
     let name = slice.strip_suffix(".slice").unwrap_or(slice);
     if name.contains('/') || name.split('-').any(str::is_empty) {
-        return Err("has a slice that systemd would not take");
+        return Err("names a slice that systemd refuses");
     }
     let ends = name.match_indices('-').map(|(at, _)| at).chain([name.len()]);
     Ok(ends.filter_map(|end| name.get(..end)).map(|part| format!("{part}.slice")).collect())

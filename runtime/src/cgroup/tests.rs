@@ -46,7 +46,7 @@ impl Drop for Place {
 }
 
 fn setting(file: &str, value: &str, field: &str) -> Setting {
-    Setting { file: file.into(), value: value.into(), field: field.into() }
+    Setting::new(file, value, field)
 }
 
 #[tokio::test]
@@ -100,10 +100,10 @@ fn what_somebody_is_in_is_not_removed_and_nobody_waits_for_ever() {
     let cgroup = place.create(&[]).unwrap();
     let mut stays = Command::new("/bin/sleep").arg("1000").spawn().unwrap();
     fs::write(place.path().join("cgroup.procs"), stays.id().to_string()).unwrap();
-    let told = cgroup.remove().unwrap_err().to_string();
+    let message = cgroup.remove().unwrap_err().to_string();
     stays.kill().unwrap();
     stays.wait().unwrap();
-    assert!(told.contains("remove the cgroup") && told.contains("busy"), "{told}");
+    assert!(message.contains("remove the cgroup") && message.contains("busy"), "{message}");
     remove(&place.path()).unwrap();
 }
 
@@ -111,16 +111,16 @@ fn what_somebody_is_in_is_not_removed_and_nobody_waits_for_ever() {
 fn a_limit_without_its_controller_is_refused_by_name_and_nothing_stays() {
     let place = Place::new("controller");
     let limits = [setting("nosuch.max", "5", "linux.resources.nosuch.limit")];
-    let told = place.create(&limits).unwrap_err().to_string();
+    let message = place.create(&limits).unwrap_err().to_string();
     for word in ["linux.resources.nosuch.limit", "no controller nosuch", "parent/pod"] {
-        assert!(told.contains(word), "{word}: {told}");
+        assert!(message.contains(word), "{word}: {message}");
     }
     assert!(!place.path().exists());
     place.create(&[setting("nosuch.max", "max", "f")]).expect("no limit needs no controller");
 }
 
 #[test]
-fn a_value_that_the_kernel_refuses_is_told_with_field_and_file() {
+fn a_value_that_the_kernel_refuses_is_reported_with_field_and_file() {
     let place = Place::new("value");
     let cgroup = place.create(&[]).unwrap();
     let controllers = fs::read_to_string(place.path().join("cgroup.controllers")).unwrap();
@@ -129,8 +129,11 @@ fn a_value_that_the_kernel_refuses_is_told_with_field_and_file() {
         if controllers.split_whitespace().any(|word| word == controller) {
             cgroup.apply(&[setting(file, "100", "f")]).unwrap();
             assert!(fs::read_to_string(place.path().join(file)).is_ok());
-            let told = cgroup.apply(&[setting(file, "much", "the.field")]).unwrap_err().to_string();
-            assert!(told.contains("the.field") && told.contains("\"much\"") && told.contains(file), "{told}");
+            let message = cgroup.apply(&[setting(file, "much", "the.field")]).unwrap_err().to_string();
+            assert!(
+                message.contains("the.field") && message.contains("\"much\"") && message.contains(file),
+                "{message}"
+            );
         }
     }
     // The kernel's own file takes no such word, whatever controllers there are.
@@ -140,8 +143,8 @@ fn a_value_that_the_kernel_refuses_is_told_with_field_and_file() {
 
 #[test]
 fn another_file_system_is_not_version_2() {
-    let told = check_mount(Path::new("/proc")).unwrap_err().to_string();
-    assert!(told.contains("/proc is not cgroup v2"), "{told}");
+    let message = check_mount(Path::new("/proc")).unwrap_err().to_string();
+    assert!(message.contains("/proc is not cgroup v2"), "{message}");
     assert!(check_mount(Path::new("/no/such")).is_err());
     check_mount(&Place::new("mount").mount).unwrap();
 }

@@ -10,8 +10,11 @@ use containerd_shim_protos::{
 use protobuf::{Message, MessageFull, well_known_types::any::Any};
 use ttrpc::{Code, context::with_duration};
 
-use super::{Pod, container_request, limited, lock};
-use crate::{errors::TaskError, metrics, tasks::Name, update};
+use super::{Pod, container_request, lock, no_deadline};
+use crate::{
+    pod::{metrics, tasks::Name, update},
+    shim::errors::TaskError,
+};
 
 /// How long a container whose Pause was not answered may take to go on.
 const UNDO_LIMIT: Duration = Duration::from_secs(10);
@@ -43,7 +46,7 @@ impl Pod {
 
     async fn pause_in_guest(&self, id: &str) -> Result<(), TaskError> {
         let (machine, request) = (self.machine.get()?, container_request(id));
-        let paused = self.agent_call("Pause", machine.agent.pause(limited(), &request)).await;
+        let paused = self.agent_call("Pause", machine.agent.pause(no_deadline(), &request)).await;
         if paused.as_ref().is_err_and(|error| error.silence().is_some() || error.code() == Code::UNAVAILABLE) {
             // Nobody knows how far it came: it must not stand still while everybody thinks that it runs.
             let _ = machine.agent.resume(with_duration(UNDO_LIMIT), &request).await;
@@ -61,7 +64,7 @@ impl Pod {
         let resumed = match self.machine.get() {
             Ok(machine) => {
                 let request = container_request(id);
-                self.agent_call("Resume", machine.agent.resume(limited(), &request)).await
+                self.agent_call("Resume", machine.agent.resume(no_deadline(), &request)).await
             }
             Err(error) => Err(error),
         };
@@ -92,7 +95,7 @@ impl Pod {
             }
         };
         let machine = self.machine.get()?;
-        self.agent_call("Update", machine.agent.update(limited(), &update)).await?;
+        self.agent_call("Update", machine.agent.update(no_deadline(), &update)).await?;
         if let (Some(allotment), Some(change)) = (lock(&self.allotment).as_ref(), &change) {
             allotment.apply(change)?;
         }

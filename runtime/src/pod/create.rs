@@ -11,20 +11,26 @@ use containerd_shim_protos::{
 use protobuf::MessageField;
 use slog::{info, warn};
 
-use super::{Pod, limited, lock};
+use super::{Pod, lock, no_deadline};
 use crate::{
-    allotment::Allotment,
-    binds::{self, Source},
-    errors::{Silence, TaskError},
-    flags::is_identifier,
-    lifecycle::{Exit, KILLED},
-    mount::Mount,
-    options,
-    share::{Binds, Rootfs, Share},
+    host::namespaces::on_own_thread,
+    pod::{
+        lifecycle::{Exit, KILLED},
+        tasks::Name,
+    },
+    rootfs::{
+        binds::{self, Source},
+        mount::Mount,
+        share::{Binds, Rootfs, RootfsError, Share},
+    },
+    shim::{
+        errors::{Silence, TaskError},
+        flags::is_identifier,
+        options,
+    },
     spec::BundleSpec,
     stdio::{FirstOutput, Stdio},
-    tasks::Name,
-    timeline::Stage,
+    vm::{allotment::Allotment, timeline::Stage},
 };
 
 /// Where the guest finds the source of the mount at position `mount`: in the place of the first mount with the same source.
@@ -40,10 +46,13 @@ impl Pod {
     /// Task.Create.
     ///
     /// # Errors
-    /// Whatever keeps the container from being; then nothing of it stays.
+    /// Why the container cannot be created; then nothing of it remains.
     pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, TaskError> {
         if !is_identifier(&request.id) {
-            return Err(TaskError::invalid_argument(format!("container id {:?} is no identifier", request.id)));
+            return Err(TaskError::invalid_argument(format!(
+                "container id {:?} is not a valid identifier",
+                request.id
+            )));
         }
         if !request.checkpoint.is_empty() {
             return Err(TaskError::unimplemented("Create from a checkpoint"));
@@ -61,7 +70,7 @@ impl Pod {
                 self.end_uncreated(&name).await;
             }
             let hooks = self.tasks().container(&name.container).ok().and_then(|container| container.hooks.take());
-            drop(self.tasks().remove(&name));
+            self.remove(&name).await;
             self.run_poststop(hooks).await;
         }
         created
@@ -102,7 +111,7 @@ impl Pod {
         };
         let limit = self.limits.call.saturating_add(spec.hooks.in_guest);
         self.tasks().container(&name.container)?.start_limit = limit;
-        self.agent_call_within("Create", limit, machine.agent.create(limited(), &create)).await?;
+        self.agent_call_within("Create", limit, machine.agent.create(no_deadline(), &create)).await?;
         self.timeline.mark(Stage::ContainerCreated);
         let _ = self.first.set(request.id.clone());
         let copies = connected.copy(Some(self.first_output()));
@@ -118,7 +127,7 @@ impl Pod {
             terminal: stdio.terminal,
             ..TaskIO::default()
         };
-        tasks.news().publish(&TaskCreate {
+        tasks.events().publish(&TaskCreate {
             container_id: request.id.clone(),
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
@@ -180,13 +189,23 @@ impl Pod {
     }
 
     async fn mount_binds(&self, id: &str, sources: Vec<(u32, Source)>) -> Result<Binds, TaskError> {
-        if let Some(share) = &*lock(&self.share) {
-            return share.mount_binds(id, sources).map_err(|error| TaskError::failed_precondition(error.to_string()));
-        }
-        Err(self.no_machine().await)
+        let id = id.to_owned();
+        self.mount(move |share| share.mount_binds(&id, sources)).await
     }
 
-    /// Something of the pod is missing because there is no machine; that is the error to tell.
+    /// Mounts below the share, on a thread of its own: a mount may wait for its file system.
+    async fn mount<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Share) -> Result<T, RootfsError> + Send + 'static,
+    ) -> Result<T, TaskError> {
+        let share = lock(&self.share).clone();
+        let Some(share) = share else { return Err(self.no_machine().await) };
+        let mounted = on_own_thread("mount", move || work(&share)).await;
+        let mounted = mounted.map_err(|error| TaskError::internal(format!("cannot mount: {error}")))?;
+        mounted.map_err(|error| TaskError::failed_precondition(error.to_string()))
+    }
+
+    /// Something of the pod is missing because there is no machine; that is the error to report.
     async fn no_machine(&self) -> TaskError {
         self.machine.ready().await.err().unwrap_or_else(|| TaskError::unavailable("the pod has ended"))
     }
@@ -197,13 +216,11 @@ impl Pod {
                 kind: mount.type_.clone(),
                 source: mount.source.clone(),
                 options: mount.options.clone(),
+                target: mount.target.clone(),
             })
             .collect();
-        if let Some(share) = &*lock(&self.share) {
-            let mounted = share.mount_rootfs(&request.id, &mounts, fallback);
-            return mounted.map_err(|error| TaskError::failed_precondition(error.to_string()));
-        }
-        Err(self.no_machine().await)
+        let (id, fallback) = (request.id.clone(), fallback.to_owned());
+        self.mount(move |share| share.mount_rootfs(&id, &mounts, &fallback)).await
     }
 
     fn first_output(self: &Arc<Self>) -> FirstOutput {

@@ -10,12 +10,16 @@ use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
 use slog::{debug, error};
 use tokio::{task::JoinSet, time::timeout};
 
-use super::{Pod, limited, process_request};
+use super::{Pod, no_deadline, process_request};
 use crate::{
-    errors::{Silence, TaskError},
-    events::timestamp,
-    lifecycle::{Exit, KILLED},
-    tasks::Name,
+    pod::{
+        lifecycle::{Exit, KILLED},
+        tasks::Name,
+    },
+    shim::{
+        errors::{Silence, TaskError},
+        events::timestamp,
+    },
 };
 
 /// How long the end of a pod that was not asked for by its client waits for output in all.
@@ -53,14 +57,14 @@ impl Pod {
             let exit = tasks.entry(name)?.process.exit().unwrap_or(Exit { status: KILLED, at: SystemTime::now() });
             let is_init = name.exec.is_empty();
             let hooks = if is_init { tasks.container(&name.container)?.hooks.take() } else { None };
-            // Unmounts the root before anybody hears of it.
-            drop(tasks.remove(name));
             (exit, hooks)
         };
+        // Before its end is published.
+        self.remove(name).await;
         self.run_poststop(hooks).await;
         let tasks = self.tasks();
         if name.exec.is_empty() {
-            tasks.news().publish(&TaskDelete {
+            tasks.events().publish(&TaskDelete {
                 container_id: name.container.clone(),
                 pid,
                 exit_status: exit.status,
@@ -98,9 +102,9 @@ impl Pod {
             ..KillRequest::default()
         };
         let ended = async {
-            let killed = self.agent_call("Kill", machine.agent.kill(limited(), &kill)).await;
+            let killed = self.agent_call("Kill", machine.agent.kill(no_deadline(), &kill)).await;
             if !killed.is_err_and(|error| error.code() == ttrpc::Code::NOT_FOUND) {
-                self.agent_call("Wait", machine.agent.wait(limited(), &request)).await?;
+                self.agent_call("Wait", machine.agent.wait(no_deadline(), &request)).await?;
             }
             Ok::<_, TaskError>(())
         };
@@ -110,16 +114,16 @@ impl Pod {
         }
     }
 
-    /// After a Create that was not answered in time: sees to it that nothing of the container lives on in the guest.
+    /// After a Create that was not answered in time: ends whatever exists of the container in the guest.
     pub(super) async fn end_uncreated(&self, name: &Name) {
         let Ok(machine) = self.machine.get() else { return };
         let request =
             KillRequest { container_id: name.container.clone(), signal: 9, all: true, ..KillRequest::default() };
         let process = process_request(name);
         let deleted = async {
-            self.agent_call("Kill", machine.agent.kill(limited(), &request)).await?;
-            self.agent_call("Wait", machine.agent.wait(limited(), &process)).await?;
-            self.agent_call("Delete", machine.agent.delete(limited(), &process)).await
+            self.agent_call("Kill", machine.agent.kill(no_deadline(), &request)).await?;
+            self.agent_call("Wait", machine.agent.wait(no_deadline(), &process)).await?;
+            self.agent_call("Delete", machine.agent.delete(no_deadline(), &process)).await
         };
         // NOT_FOUND proves nothing here: the agent may still be making it.
         if !matches!(timeout(self.limits.kill, deleted).await, Ok(Ok(_))) {
@@ -133,9 +137,9 @@ impl Pod {
         if unstarted && name.exec.is_empty() {
             let request =
                 KillRequest { container_id: name.container.clone(), signal: 9, all: true, ..KillRequest::default() };
-            let _ = self.agent_call("Kill", machine.agent.kill(limited(), &request)).await;
+            let _ = self.agent_call("Kill", machine.agent.kill(no_deadline(), &request)).await;
             let request = process_request(name);
-            let ended = machine.agent.wait(limited(), &request);
+            let ended = machine.agent.wait(no_deadline(), &request);
             let _ = self.agent_call_within("Wait", self.limits.kill, ended).await;
         }
         let drained = self.tasks().entry(name)?.copies.as_ref().map(|copies| copies.drained(self.patience(name)));
@@ -146,12 +150,12 @@ impl Pod {
             debug!(self.log, "output left unread"; "process" => name.id());
         }
         if name.exec.is_empty() {
-            self.oom_told(&name.container).await;
+            self.ooms_reported(&name.container).await;
         }
         let request = process_request(name);
-        match self.agent_call("Delete", machine.agent.delete(limited(), &request)).await {
+        match self.agent_call("Delete", machine.agent.delete(no_deadline(), &request)).await {
             Ok(_) => Ok(()),
-            // Nothing of it is there: a start that failed, or the machine's end. A deadline says nothing of the kind.
+            // Nothing of it is there: a start that failed, or the machine's end. A deadline proves neither.
             Err(error) if error.code() == ttrpc::Code::NOT_FOUND || error.silence() == Some(Silence::Lost) => Ok(()),
             Err(error) => Err(error),
         }

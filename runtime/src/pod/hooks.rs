@@ -8,10 +8,10 @@ use slog::warn;
 
 use super::Pod;
 use crate::{
-    errors::TaskError,
-    hooks::{Pending, State, owe, run, settle},
+    host::hooks::{Pending, State, owe, run, settle},
+    pod::tasks::Name,
+    shim::errors::TaskError,
     spec::{BundleSpec, hooks::Hook},
-    tasks::Name,
 };
 
 impl Pod {
@@ -38,7 +38,7 @@ impl Pod {
         if !hooks.poststop.is_empty()
             && let Err(error) = owe(&state("stopped", None), bundle)
         {
-            warn!(self.log, "a crash would forget the poststop hooks"; "error" => %error);
+            warn!(self.log, "cannot persist poststop hooks: they will not run after a crash of the shim"; "error" => %error);
         }
         let creating = state("creating", Some(pid));
         for hook in &hooks.create {

@@ -1,13 +1,17 @@
 //! A pod: its machine, its containers, and what each task request does to them. Requests that change something run in
-//! tasks of their own ([`crate::service`]), so a client that hangs up never leaves one half done; what a failed request
+//! tasks of their own ([`crate::shim::service`]), so a client that hangs up never leaves one half done; what a failed request
 //! has made is dropped, and dropping undoes it.
 
 mod container;
 mod create;
 mod delete;
 mod hooks;
+pub mod lifecycle;
+pub mod metrics;
 mod oom;
 mod process;
+pub mod tasks;
+pub mod update;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
@@ -21,16 +25,18 @@ use tokio::{sync::watch, time::timeout};
 use ttrpc::context::Context;
 
 use crate::{
-    allotment::Allotment,
-    errors::{Silence, TaskError},
-    events::Publisher,
-    host_view::HostView,
-    lifecycle::{Exit, Status},
-    machine::MachineHandle,
-    share::Share,
+    host::namespaces::{HostView, on_own_thread},
+    pod::{
+        lifecycle::{Exit, Status},
+        tasks::{Name, Tasks},
+    },
+    rootfs::share::Share,
+    shim::{
+        errors::{Silence, TaskError},
+        events::Publisher,
+    },
     spec::BundleSpec,
-    tasks::{Name, Tasks},
-    timeline::Timeline,
+    vm::{allotment::Allotment, supervisor::MachineHandle, timeline::Timeline},
 };
 
 /// How long a pod waits for others.
@@ -55,7 +61,7 @@ impl Default for Limits {
 }
 
 /// How long the machine's end may take to be understood after the agent's connection broke.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const LOSS_LIMIT: Duration = Duration::from_secs(2);
 
 /// What the daemon has made for a pod before it serves.
 #[derive(Debug)]
@@ -87,7 +93,7 @@ pub struct Provisions {
 pub struct Pod {
     machine: MachineHandle,
     /// None: the launch failed before there was one, and the machine is lost.
-    share: Mutex<Option<Share>>,
+    share: Mutex<Option<Arc<Share>>>,
     /// None: likewise, or the pod has ended.
     allotment: Mutex<Option<Allotment>>,
     host: Option<HostView>,
@@ -106,7 +112,7 @@ pub struct Pod {
 
 /// The agent is given no limit of its own: [`Pod::agent_call`] has it, so that a deadline cannot be taken for a lost
 /// connection.
-fn limited() -> Context {
+fn no_deadline() -> Context {
     Context::default()
 }
 
@@ -139,7 +145,9 @@ impl Pod {
         };
         let has_host_share = ready.as_ref().is_some_and(|ready| ready.has_host_share);
         let (share, spec, host, allotment) = match ready {
-            Some(Provisions { share, spec, host, allotment, .. }) => (Some(share), spec, Some(host), allotment),
+            Some(Provisions { share, spec, host, allotment, .. }) => {
+                (Some(Arc::new(share)), spec, Some(host), allotment)
+            }
             None => (None, None, None, None),
         };
         let pod = Arc::new(Self {
@@ -196,7 +204,7 @@ impl Pod {
                 };
                 if error.silence() == Some(Silence::Lost) {
                     // The connection breaks a moment before the machine's end is understood.
-                    let lost = timeout(LAST_WORDS, self.machine.lost()).await;
+                    let lost = timeout(LOSS_LIMIT, self.machine.lost()).await;
                     return Err(lost.map_or(error, |reason| TaskError::lost(reason.as_ref())));
                 }
                 Err(error)
@@ -238,6 +246,17 @@ impl Pod {
         Ok(())
     }
 
+    /// Forgets a process. With a container go its mounts, on a thread of its own: the end of an overlay writes files back.
+    async fn remove(&self, name: &Name) {
+        let removed = self.tasks().remove(name);
+        if !name.exec.is_empty() {
+            return;
+        }
+        if let Err(error) = on_own_thread("unmount", move || drop(removed)).await {
+            error!(self.log, "cannot start a thread to unmount"; "container" => &name.container, "error" => %error);
+        }
+    }
+
     /// Whether a process is there and has not ended.
     fn is_alive(&self, name: &Name) -> bool {
         self.tasks().entry(name).is_ok_and(|entry| entry.process.status() != Status::Stopped)
@@ -252,7 +271,7 @@ impl Pod {
         if !is_empty && let Ok(machine) = self.machine.get() {
             // Deleted containers have written their files back; those that are still there do it now. The machine powers itself off.
             let request = caisson_protos::agent::Empty::new();
-            let shutdown = machine.agent.shutdown(limited(), &request);
+            let shutdown = machine.agent.shutdown(no_deadline(), &request);
             if let Err(error) = self.agent_call_within("Shutdown", self.limits.write_back, shutdown).await
                 && error.silence() != Some(Silence::Lost)
             {
@@ -261,13 +280,16 @@ impl Pod {
         }
         self.machine.stop().await;
         self.end_streams().await;
-        drop(lock(&self.share).take());
-        let allotment = lock(&self.allotment).take();
+        let (share, allotment) = (lock(&self.share).take(), lock(&self.allotment).take());
+        let unmounted = on_own_thread("unmount", move || drop(share)).await;
+        if let Err(error) = unmounted {
+            error!(self.log, "cannot remove everything of the pod"; "what" => "mounts", "error" => %error);
+        }
         if let Some(allotment) = allotment {
             // It may have to wait for what somebody else has put into the cgroup.
-            let removed = tokio::task::spawn_blocking(move || allotment.end()).await;
-            if let Ok(Err(error)) = removed {
-                error!(self.log, "the pod left something behind"; "what" => "cgroup", "error" => %error);
+            let removed = on_own_thread("cgroup", move || allotment.end().map_err(|error| error.to_string())).await;
+            if let Err(error) = removed.map_err(|error| error.to_string()).flatten() {
+                error!(self.log, "cannot remove everything of the pod"; "what" => "cgroup", "error" => %error);
             }
         }
         self.ended.send_replace(true);

@@ -1,5 +1,5 @@
 //! Kills for want of memory: one loop for each container that runs asks the agent for the next one, as many times as there are.
-//! As containerd's own shim does, it tells what has happened since it last looked as one event. The guest is not trusted
+//! As containerd's own shim does, it publishes what has happened since it last looked as one event. The guest is not trusted
 //! with the pace: the next question waits until containerd has taken the last event, and a moment longer.
 
 use std::{sync::Arc, time::Duration};
@@ -10,11 +10,11 @@ use tokio::time::{sleep, timeout};
 use ttrpc::context::Context;
 
 use super::Pod;
-use crate::{errors::TaskError, machine::Machine};
+use crate::{shim::errors::TaskError, vm::supervisor::Machine};
 
 /// Shortest time between two events of one container.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long Delete waits for the last kill to be told.
+/// How long Delete waits until the last OOM kill is reported.
 const LAST_KILL: Duration = Duration::from_secs(2);
 
 impl Pod {
@@ -26,25 +26,25 @@ impl Pod {
         }
     }
 
-    /// Waits until every kill in a container that has ended is told.
-    pub(super) async fn oom_told(&self, id: &str) {
+    /// Waits until every OOM kill in a container that has ended is reported.
+    pub(super) async fn ooms_reported(&self, id: &str) {
         let watch = self.tasks().container(id).map(|container| std::mem::take(&mut container.oom_watch));
         if let Ok(mut watch) = watch
             && timeout(LAST_KILL, watch.join_next()).await.is_err()
         {
-            warn!(self.log, "the agent has not said whether there were kills for want of memory"; "container" => id);
+            warn!(self.log, "the agent did not answer about OOM kills"; "container" => id);
         }
     }
 
     async fn tell_kills(self: Arc<Self>, id: String, machine: Arc<Machine>) {
-        let events = self.tasks().news().clone();
+        let events = self.tasks().events().clone();
         let mut seen = 0;
         loop {
             let request = WaitOomRequest { container_id: id.clone(), seen, ..WaitOomRequest::default() };
             match machine.agent.wait_oom(Context::default(), &request).await {
                 Ok(answer) if answer.kills > seen => seen = answer.kills,
                 Ok(answer) => {
-                    warn!(self.log, "the agent tells of kills that it has told of"; "container" => &id, "kills" => answer.kills);
+                    warn!(self.log, "the agent reported an OOM kill twice"; "container" => &id, "kills" => answer.kills);
                     return;
                 }
                 // The container has ended, or the machine has.

@@ -12,15 +12,18 @@ use slog::{error, warn};
 use tokio::time::timeout;
 use ttrpc::{Code, context::Context};
 
-use super::{LAST_WORDS, Pod, limited, process_request};
+use super::{LOSS_LIMIT, Pod, no_deadline, process_request};
 use crate::{
-    errors::{Silence, TaskError},
-    flags::is_identifier,
-    lifecycle::{Exit, KILLED, Refusal},
-    machine::Machine,
+    pod::{
+        lifecycle::{Exit, KILLED, Refusal},
+        tasks::Name,
+    },
+    shim::{
+        errors::{Silence, TaskError},
+        flags::is_identifier,
+    },
     stdio::{Opened, Patience, Place, Stdio, logger::Owner},
-    tasks::Name,
-    timeline::Stage,
+    vm::{supervisor::Machine, timeline::Stage},
 };
 
 /// How long the last output of a process may take on its way through the machine.
@@ -50,7 +53,7 @@ impl Pod {
             Ok(response) => {
                 let exit = exit_of(&response);
                 if name.exec.is_empty() {
-                    // With the init process the execs were killed; theirs is told first.
+                    // With the init process the execs were killed; their exits are published first.
                     let execs_ended = self.tasks().execs_ended(&name.container);
                     if timeout(LAST_EXECS, execs_ended).await.is_err() {
                         warn!(self.log, "execs outlive their container"; "container" => &name.container);
@@ -67,13 +70,13 @@ impl Pod {
                 }
                 self.tasks().exited(&name, exit);
             }
-            // The machine's end tells all exits, and a process that was deleted is nobody's concern. Otherwise the agent has
+            // The machine's end publishes all exits, and a process that was deleted needs none. Otherwise the agent has
             // lost its process or its connection, and nothing in the pod can be relied on any more.
             Err(error) => {
-                let is_lost = timeout(LAST_WORDS, self.machine.lost()).await.is_ok();
+                let is_lost = timeout(LOSS_LIMIT, self.machine.lost()).await.is_ok();
                 if !is_lost && self.is_alive(&name) {
                     let error = TaskError::from_agent("Wait", &error);
-                    error!(self.log, "the agent has lost a process"; "process" => name.id(), "error" => %error);
+                    error!(self.log, "the agent cannot wait for a live process: its machine is stopped"; "process" => name.id(), "error" => %error);
                     self.machine.stop().await;
                 }
             }
@@ -96,7 +99,7 @@ impl Pod {
         let started = match self.machine.get() {
             Ok(machine) => {
                 let request = process_request(&name);
-                let call = machine.agent.start(limited(), &request);
+                let call = machine.agent.start(no_deadline(), &request);
                 self.agent_call_within("Start", limit, call).await.map(|_| machine)
             }
             Err(error) => Err(error),
@@ -144,7 +147,10 @@ impl Pod {
     /// NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION, or why it cannot be.
     pub async fn exec(self: &Arc<Self>, request: ExecProcessRequest) -> Result<(), TaskError> {
         if !is_identifier(&request.exec_id) {
-            return Err(TaskError::invalid_argument(format!("exec id {:?} is no identifier", request.exec_id)));
+            return Err(TaskError::invalid_argument(format!(
+                "exec id {:?} is not a valid identifier",
+                request.exec_id
+            )));
         }
         let name = Name::new(&request.id, &request.exec_id);
         let stdio = Stdio::new(&request.stdin, &request.stdout, &request.stderr, request.terminal);
@@ -159,7 +165,7 @@ impl Pod {
     /// Opens the host's side of a process's streams.
     pub(super) async fn open_streams(&self, name: &Name, stdio: &Stdio) -> Result<Opened, TaskError> {
         let Some(host) = &self.host else {
-            // There is none because there is no machine; that is the error to tell.
+            // There is none because there is no machine; that is the error to report.
             return Err(self
                 .machine
                 .ready()
@@ -167,7 +173,7 @@ impl Pod {
                 .err()
                 .unwrap_or_else(|| TaskError::unavailable("the pod has ended")));
         };
-        let namespace = self.tasks().news().namespace().to_owned();
+        let namespace = self.tasks().events().namespace().to_owned();
         let owner = Owner { id: name.id(), namespace: &namespace };
         let log = self.log.new(slog::o!("process" => name.id().to_owned()));
         Ok(Opened::open(stdio, Place { owner, host, log }).await?)
@@ -183,11 +189,11 @@ impl Pod {
             stdio: MessageField::some(connected.ports.clone()),
             ..ExecRequest::default()
         };
-        self.agent_call("Exec", machine.agent.exec(limited(), &exec)).await?;
+        self.agent_call("Exec", machine.agent.exec(no_deadline(), &exec)).await?;
         let mut tasks = self.tasks();
         tasks.prepared(name, machine.pid, connected.copy(None))?;
         let (container_id, exec_id) = (name.container.clone(), name.exec.clone());
-        tasks.news().publish(&TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() });
+        tasks.events().publish(&TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() });
         Ok(())
     }
 
@@ -203,7 +209,7 @@ impl Pod {
             checked => checked?,
         }
         if signal > 64 {
-            return Err(TaskError::invalid_argument(format!("signal {signal} is none of 1 to 64")));
+            return Err(TaskError::invalid_argument(format!("invalid signal {signal}: it must be 1 to 64")));
         }
         if signal == 0 {
             return Ok(());
@@ -216,7 +222,7 @@ impl Pod {
             ..KillRequest::default()
         };
         let killed = match self.machine.get() {
-            Ok(machine) => self.agent_call("Kill", machine.agent.kill(limited(), &request)).await,
+            Ok(machine) => self.agent_call("Kill", machine.agent.kill(no_deadline(), &request)).await,
             Err(error) => Err(error),
         };
         let Err(error) = killed else { return Ok(()) };
@@ -244,7 +250,9 @@ impl Pod {
         }
         for (what, cells) in [("width", width), ("height", height)] {
             if cells > u16::MAX.into() {
-                return Err(TaskError::invalid_argument(format!("a terminal's {what} of {cells} is more than 65535")));
+                return Err(TaskError::invalid_argument(format!(
+                    "terminal {what} {cells} is out of range: at most 65535"
+                )));
             }
         }
         let machine = self.machine.get()?;
@@ -255,7 +263,7 @@ impl Pod {
             height,
             ..ResizePtyRequest::default()
         };
-        self.agent_call("ResizePty", machine.agent.resize_pty(limited(), &request)).await.map(drop)
+        self.agent_call("ResizePty", machine.agent.resize_pty(no_deadline(), &request)).await.map(drop)
     }
 
     /// Task.CloseIO.

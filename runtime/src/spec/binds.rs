@@ -1,11 +1,11 @@
 //! Bind mounts of host files and directories, as far as the words of the specification go. What a source is, is seen
-//! when it is opened ([`crate::binds`]).
+//! when it is opened ([`crate::rootfs::binds`]).
 
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 
-use super::Complaint;
+use super::FieldError;
 
 /// A file or directory of the host that a container gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub struct Bind {
     pub source: PathBuf,
     /// With what is mounted below it.
     pub recursive: bool,
-    /// Nothing of it may be changed.
+    /// Read-only.
     pub read_only: bool,
 }
 
@@ -32,7 +32,7 @@ impl Bind {
 /// The most of one container.
 const MAX_BINDS: usize = 1000;
 
-pub(super) fn check(spec: &Spec, bundle: &Path) -> Result<Vec<Bind>, Complaint> {
+pub(super) fn check(spec: &Spec, bundle: &Path) -> Result<Vec<Bind>, FieldError> {
     let mut binds = Vec::new();
     for (index, mount) in (0u32..).zip(spec.mounts().iter().flatten()) {
         let name = |part: &str| format!("mounts[{index}]{part}");
@@ -42,7 +42,7 @@ pub(super) fn check(spec: &Spec, bundle: &Path) -> Result<Vec<Bind>, Complaint> 
             continue;
         }
         let source = mount.source().as_ref().filter(|source| !source.as_os_str().is_empty());
-        let source = source.ok_or_else(|| Complaint::new(name(".source"), "a bind mount must have one"))?;
+        let source = source.ok_or_else(|| FieldError::new(name(".source"), "a bind mount must have one"))?;
         // The last word counts, as with mount(8).
         let last = mount.options().iter().flatten().rev().find(|word| matches!(word.as_str(), "ro" | "rw"));
         binds.push(Bind {
@@ -56,7 +56,7 @@ pub(super) fn check(spec: &Spec, bundle: &Path) -> Result<Vec<Bind>, Complaint> 
         });
     }
     if binds.len() > MAX_BINDS {
-        return Err(Complaint::new("mounts", format!("{} bind mounts, at most {MAX_BINDS} are served", binds.len())));
+        return Err(FieldError::new("mounts", format!("{} bind mounts, at most {MAX_BINDS} are served", binds.len())));
     }
     Ok(binds)
 }

@@ -7,7 +7,7 @@
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 use serde_json::Value;
 
-use super::Complaint;
+use super::FieldError;
 
 /// The character devices that work in a guest because its own kernel has them under the same number
 /// (Documentation/admin-guide/devices.txt): those of every container, the kernel's messages, and FUSE.
@@ -23,14 +23,14 @@ pub fn is_guests_own(major: u32, minor: u32) -> bool {
 /// What becomes of `linux.devices`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Devices {
-    /// Positions that the guest does not hear of.
+    /// Positions that the guest does not get.
     left_out: Vec<usize>,
     /// A sentence about them, for the log.
     pub note: Option<String>,
 }
 
 impl Devices {
-    /// Whether there are any that the guest does not hear of.
+    /// Whether there are any that the guest does not get.
     pub fn is_complete(&self) -> bool {
         self.left_out.is_empty()
     }
@@ -43,7 +43,7 @@ impl Devices {
     }
 }
 
-pub(super) fn check(spec: &Spec) -> Result<Devices, Complaint> {
+pub(super) fn check(spec: &Spec) -> Result<Devices, FieldError> {
     let devices = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
     let foreign: Vec<(usize, &LinuxDevice)> =
         devices.into_iter().flatten().enumerate().filter(|(_, device)| !works(device)).collect();
@@ -56,7 +56,7 @@ pub(super) fn check(spec: &Spec) -> Result<Devices, Complaint> {
             first.major(),
             first.minor()
         );
-        return Err(Complaint::new(field, message));
+        return Err(FieldError::new(field, message));
     }
     let mut names: Vec<_> =
         foreign.iter().take(MAX_NAMED).map(|(_, device)| device.path().display().to_string()).collect();
@@ -96,7 +96,7 @@ mod tests {
 
     use super::*;
 
-    fn checked(rules: Value) -> (Result<Devices, Complaint>, Value) {
+    fn checked(rules: Value) -> (Result<Devices, FieldError>, Value) {
         let linux = json!({
             "devices": [
                 { "path": "/dev/vda", "type": "b", "major": 254, "minor": 0 },

@@ -2,9 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use caisson_oci::{FieldError, hooks::Program};
 use oci_spec::runtime::{Hook as SpecHook, Spec};
-
-use super::Complaint;
 
 /// One program to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +42,7 @@ fn in_guest(hooks: &Option<Vec<SpecHook>>) -> Duration {
     hooks.iter().flatten().map(|hook| limit(hook).unwrap_or(GUEST_HOOK)).fold(Duration::ZERO, Duration::saturating_add)
 }
 
-pub(super) fn check(spec: &Spec) -> Result<Hooks, Complaint> {
+pub(super) fn check(spec: &Spec) -> Result<Hooks, FieldError> {
     let Some(hooks) = spec.hooks() else { return Ok(Hooks::default()) };
     #[allow(deprecated, reason = "prestart is out of fashion and in use")]
     let prestart = hooks.prestart();
@@ -57,29 +56,12 @@ pub(super) fn check(spec: &Spec) -> Result<Hooks, Complaint> {
     })
 }
 
-fn list(kind: &str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, Complaint> {
+fn list(kind: &str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, FieldError> {
     hooks.iter().flatten().enumerate().map(|(index, hook)| one(format!("hooks.{kind}[{index}]"), hook)).collect()
 }
 
-fn one(field: String, hook: &SpecHook) -> Result<Hook, Complaint> {
-    let path = hook.path().clone();
-    if !path.is_absolute() {
-        return Err(Complaint::new(format!("{field}.path"), format!("{path:?} must be an absolute path")));
-    }
-    let timeout = match hook.timeout() {
-        None => None,
-        Some(seconds) => Some(u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).ok_or_else(|| {
-            Complaint::new(format!("{field}.timeout"), format!("{seconds} must be more than 0 seconds"))
-        })?),
-    };
-    let env = hook.env().clone().unwrap_or_default();
-    let words = || hook.args().iter().flatten().chain(&env).map(String::as_str).chain(path.to_str());
-    if words().any(|word| word.contains('\0')) {
-        return Err(Complaint::new(field, "has a zero byte in it, which no argument can have"));
-    }
-    if let Some(variable) = env.iter().find(|variable| !variable.contains('=')) {
-        return Err(Complaint::new(format!("{field}.env"), format!("{variable:?} must be KEY=value")));
-    }
-    let args = hook.args().clone().unwrap_or_default();
-    Ok(Hook { field, path, args, env, timeout: timeout.map(Duration::from_secs) })
+fn one(field: String, hook: &SpecHook) -> Result<Hook, FieldError> {
+    let Program { field, path, args, env, timeout } = Program::of(field, hook)?;
+    let timeout = timeout.map(|seconds| Duration::from_secs(seconds.into()));
+    Ok(Hook { field, path, args, env: env.unwrap_or_default(), timeout })
 }

@@ -19,8 +19,9 @@ use caisson_protos::agent::JoinedNamespace;
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
-use crate::resources::{Asked, ResourceError, guest::translate, size::MachineSize};
+use crate::resources::{guest::translate, size::MachineSize};
 use binds::Bind;
+use caisson_oci::{FieldError, Limits};
 use devices::Devices;
 use hooks::Hooks;
 use namespaces::Join;
@@ -36,14 +37,14 @@ pub enum SpecError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// It is too large.
     #[error("{0} is larger than {MAX_SIZE} bytes")]
     TooLarge(PathBuf),
-    /// It is no OCI runtime specification.
-    #[error("{path} is no OCI runtime specification: {message}")]
+    /// It is not an OCI runtime specification.
+    #[error("{path} is not an OCI runtime specification: {message}")]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -69,7 +70,7 @@ pub struct BundleSpec {
     path: PathBuf,
     /// The file, for the agent.
     pub json: Vec<u8>,
-    /// Its version, annotations: what hooks are told.
+    /// Its version and annotations, for hooks.
     pub version: String,
     /// See `version`.
     pub annotations: BTreeMap<String, String>,
@@ -80,7 +81,7 @@ pub struct BundleSpec {
     /// `linux.cgroupsPath`.
     pub cgroups_path: Option<String>,
     /// `linux.resources`.
-    pub asked: Asked,
+    pub asked: Limits,
     /// Bind mounts.
     pub binds: Vec<Bind>,
     /// Namespaces of other containers.
@@ -116,29 +117,29 @@ impl BundleSpec {
             }
         };
         let checked = Self::check(&spec, bundle, path.clone());
-        let mut read = checked.map_err(|Complaint { field, message }| SpecError::Field { path, field, message })?;
+        let mut read = checked.map_err(|FieldError { field, message }| SpecError::Field { path, field, message })?;
         read.json = json;
         Ok(read)
     }
 
-    fn check(spec: &Spec, bundle: &Path, path: PathBuf) -> Result<Self, Complaint> {
+    fn check(spec: &Spec, bundle: &Path, path: PathBuf) -> Result<Self, FieldError> {
         if !spec.version().starts_with("1.") {
-            return Err(Complaint::new("ociVersion", "must be 1.x"));
+            return Err(FieldError::new("ociVersion", "must be 1.x"));
         }
-        let process = spec.process().as_ref().ok_or_else(|| Complaint::new("process", "is missing"))?;
+        let process = spec.process().as_ref().ok_or_else(|| FieldError::new("process", "is missing"))?;
         if process.args().as_ref().is_none_or(Vec::is_empty) {
-            return Err(Complaint::new("process.args", "must name a program"));
+            return Err(FieldError::new("process.args", "must name a program"));
         }
         if !process.cwd().is_absolute() {
-            return Err(Complaint::new("process.cwd", "must be an absolute path"));
+            return Err(FieldError::new("process.cwd", "must be an absolute path"));
         }
         let joins = namespaces::check(spec)?;
         let devices = devices::check(spec)?;
         let binds = binds::check(spec, bundle)?;
         let hooks = hooks::check(spec)?;
-        let root = spec.root().as_ref().ok_or_else(|| Complaint::new("root", "is missing"))?;
+        let root = spec.root().as_ref().ok_or_else(|| FieldError::new("root", "is missing"))?;
         let linux = spec.linux().as_ref();
-        let asked = linux.and_then(|linux| linux.resources().as_ref()).map(Asked::of).transpose()?.unwrap_or_default();
+        let asked = linux.and_then(|linux| linux.resources().as_ref()).map(Limits::of).transpose()?.unwrap_or_default();
         let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
         Ok(Self {
             path,
@@ -178,7 +179,8 @@ impl BundleSpec {
     pub fn joined(&self, pid: u32, container: &str) -> Result<Vec<JoinedNamespace>, SpecError> {
         let join = |join: &Join| {
             if join.pid != pid {
-                let message = format!("process {} is none of this pod: only a container of it can be joined", join.pid);
+                let message =
+                    format!("PID {} is not in this pod: only namespaces of its containers can be joined", join.pid);
                 return Err(SpecError::Field { path: self.path.clone(), field: namespaces::field(join.kind), message });
             }
             let (type_, container_id) = (join.kind.to_owned(), container.to_owned());
@@ -222,25 +224,6 @@ fn without_empty_seccomp(json: &[u8]) -> Option<Vec<u8>> {
         && seccomp.get("syscalls").and_then(Value::as_array).is_none_or(Vec::is_empty);
     says_nothing.then(|| linux.remove("seccomp"))?;
     serde_json::to_vec(&spec).ok()
-}
-
-/// A field and what is wrong with it.
-#[derive(Debug)]
-struct Complaint {
-    field: String,
-    message: String,
-}
-
-impl Complaint {
-    fn new(field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { field: field.into(), message: message.into() }
-    }
-}
-
-impl From<ResourceError> for Complaint {
-    fn from(ResourceError { field, message }: ResourceError) -> Self {
-        Self { field, message }
-    }
 }
 
 #[cfg(test)]

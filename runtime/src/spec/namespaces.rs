@@ -4,7 +4,7 @@
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
-use super::Complaint;
+use super::FieldError;
 
 /// Those that a container must have of its own or of its pod.
 const NEEDED: [LinuxNamespaceType; 5] = [
@@ -42,14 +42,14 @@ pub(super) fn field(kind: &str) -> String {
     format!("linux.namespaces[{kind}]")
 }
 
-pub(super) fn check(spec: &Spec) -> Result<Vec<Join>, Complaint> {
-    let linux = spec.linux().as_ref().ok_or_else(|| Complaint::new("linux", "is missing"))?;
+pub(super) fn check(spec: &Spec) -> Result<Vec<Join>, FieldError> {
+    let linux = spec.linux().as_ref().ok_or_else(|| FieldError::new("linux", "is missing"))?;
     let listed = linux.namespaces().as_deref().unwrap_or_default();
     let mut joins = Vec::new();
     for (index, namespace) in listed.iter().enumerate() {
         let name = names(namespace.typ()).0;
         if listed.iter().take(index).any(|other| other.typ() == namespace.typ()) {
-            return Err(Complaint::new(field(name), "is listed twice"));
+            return Err(FieldError::new(field(name), "is listed twice"));
         }
         joins.extend(join(namespace)?);
     }
@@ -59,13 +59,13 @@ pub(super) fn check(spec: &Spec) -> Result<Vec<Join>, Complaint> {
             let message = format!(
                 "is not listed, which asks for the host's: a container in a machine of its own cannot have the host's {name} namespace"
             );
-            return Err(Complaint::new(field(name), message));
+            return Err(FieldError::new(field(name), message));
         }
     }
     Ok(joins)
 }
 
-fn join(namespace: &LinuxNamespace) -> Result<Option<Join>, Complaint> {
+fn join(namespace: &LinuxNamespace) -> Result<Option<Join>, FieldError> {
     let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) else { return Ok(None) };
     let (kind, file) = names(namespace.typ());
     let pid = path.to_str().and_then(|path| task_pid(path, file));
@@ -74,7 +74,7 @@ fn join(namespace: &LinuxNamespace) -> Result<Option<Join>, Complaint> {
             "{path:?} is a namespace of the host: only one of a container of the same pod can be joined, as /proc/<pid of the pod's task>/ns/{file}"
         )
     };
-    let pid = pid.ok_or_else(|| Complaint::new(field(kind), message()))?;
+    let pid = pid.ok_or_else(|| FieldError::new(field(kind), message()))?;
     Ok(Some(Join { kind, pid }))
 }
 

@@ -48,8 +48,8 @@ fn a_seccomp_profile_that_says_nothing_is_none() {
     }
     let mut spec = spec();
     spec["linux"]["seccomp"] = json!({ "syscalls": [{ "names": ["bpf"], "action": "SCMP_ACT_ERRNO" }] });
-    let told = read(spec.to_string().as_bytes()).unwrap_err().to_string();
-    assert!(told.contains("defaultAction"), "{told}");
+    let message = read(spec.to_string().as_bytes()).unwrap_err().to_string();
+    assert!(message.contains("defaultAction"), "{message}");
 }
 
 #[test]
@@ -101,11 +101,11 @@ fn each_fault_is_named() {
     for (fault, words) in faults {
         let mut spec = spec();
         fault(&mut spec);
-        let told = read(spec.to_string().as_bytes()).unwrap_err().to_string();
-        assert!(told.contains(words) && told.contains("config.json"), "{words}: {told}");
+        let message = read(spec.to_string().as_bytes()).unwrap_err().to_string();
+        assert!(message.contains(words) && message.contains("config.json"), "{words}: {message}");
     }
-    let told = read(b"{ \"ociVersion\": \"1.0\",\n oops }").unwrap_err().to_string();
-    assert!(told.contains("line 2"), "{told}");
+    let message = read(b"{ \"ociVersion\": \"1.0\",\n oops }").unwrap_err().to_string();
+    assert!(message.contains("line 2"), "{message}");
     assert!(matches!(read(&vec![b' '; (MAX_SIZE + 1) as usize]), Err(SpecError::TooLarge(_))));
     assert!(matches!(BundleSpec::read(Path::new("/no/such")), Err(SpecError::Read { .. })));
 }
@@ -150,7 +150,7 @@ fn only_the_pods_own_namespaces_are_joined() {
     assert_eq!((joined.len(), joined[0].type_.as_str(), joined[0].container_id.as_str()), (1, "network", "first"));
     for refused in [read.joined(4712, "first").unwrap_err(), read.check_first().unwrap_err()] {
         let refused = refused.to_string();
-        assert!(refused.contains("linux.namespaces[network]: process 4711 is none of this pod"), "{refused}");
+        assert!(refused.contains("linux.namespaces[network]: PID 4711 is not in this pod"), "{refused}");
     }
 }
 

@@ -51,7 +51,7 @@ impl Fifo {
     /// Finds the FIFO at `path`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If it does not exist.
     pub fn find(path: &str) -> io::Result<Self> {
         let file = File::from(openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?);
         match FileType::from_raw_mode(fstat(&file)?.st_mode) {

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::target::Binary;
-use crate::host_view::HostView;
+use crate::host::namespaces::HostView;
 
 /// How long a logger may take to get ready.
 const READY_LIMIT: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ pub enum LoggerError {
     Run {
         /// Its path.
         program: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// It never closed its descriptor 5.
@@ -122,23 +122,25 @@ impl Logger {
     pub async fn end(mut self, log: &Log) {
         for (limit, signal) in [(GRACE, Some(Signal::SIGTERM)), (TERM_LIMIT, None)] {
             if let Ok(ended) = timeout(limit, self.child.wait()).await {
-                self.tell(ended, log);
+                self.log_end(ended, log);
                 return;
             }
             if let Some(signal) = signal {
                 self.child.signal(signal);
             }
         }
-        warn!(log, "the logger has not ended and is killed"; "program" => self.program.display());
+        warn!(log, "the logger did not end in time and is killed"; "program" => self.program.display());
         self.child.kill();
         let _ = self.child.wait().await;
     }
 
-    fn tell(&self, ended: io::Result<ExitStatus>, log: &Log) {
+    fn log_end(&self, ended: io::Result<ExitStatus>, log: &Log) {
         match ended {
             Ok(status) if status.success() => {}
             Ok(status) => warn!(log, "the logger ended"; "program" => self.program.display(), "status" => %status),
-            Err(error) => warn!(log, "the logger is lost"; "program" => self.program.display(), "error" => %error),
+            Err(error) => {
+                warn!(log, "cannot wait for the logger"; "program" => self.program.display(), "error" => %error)
+            }
         }
     }
 }
@@ -211,8 +213,8 @@ mod tests {
     async fn a_logger_that_never_gets_ready_is_killed() {
         let (directory, binary) = logger("echo $$ > $here/new; /bin/mv $here/new $here/pid; exec /bin/sleep 1000");
         let host = HostView::here().unwrap();
-        let told = start_within(Duration::from_millis(500), &binary, owner(), &host).await.unwrap_err().to_string();
-        assert!(told.contains("was not ready after 500ms") && told.contains("/logger"), "{told}");
+        let message = start_within(Duration::from_millis(500), &binary, owner(), &host).await.unwrap_err().to_string();
+        assert!(message.contains("was not ready after 500ms") && message.contains("/logger"), "{message}");
         // On a machine that is busy it may not even have come to this.
         if let Ok(pid) = fs::read_to_string(directory.path().join("pid")) {
             assert!(!Path::new("/proc").join(pid.trim()).exists(), "it is gone and reaped");
@@ -223,7 +225,7 @@ mod tests {
     async fn a_program_that_is_missing_is_named() {
         let binary = Binary { program: "/no/such/logger".into(), arguments: Vec::new() };
         let host = HostView::here().unwrap();
-        let told = start(&binary, owner(), &host).await.unwrap_err().to_string();
-        assert!(told.starts_with("cannot run the logger \"/no/such/logger\": No such file"), "{told}");
+        let message = start(&binary, owner(), &host).await.unwrap_err().to_string();
+        assert!(message.starts_with("cannot run the logger \"/no/such/logger\": No such file"), "{message}");
     }
 }

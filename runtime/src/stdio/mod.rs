@@ -37,8 +37,8 @@ use self::{
     target::{Target, TargetError},
 };
 use crate::{
-    dial::{DialError, Dialer},
-    host_view::HostView,
+    host::namespaces::HostView,
+    vm::dial::{DialError, Dialer},
 };
 
 /// Where a process's streams go, as containerd said it.
@@ -71,7 +71,7 @@ pub enum StdioError {
         stream: &'static str,
         /// Its path.
         path: String,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// The file.
@@ -81,7 +81,7 @@ pub enum StdioError {
         stream: &'static str,
         /// Its path.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: io::Error,
     },
     /// A name that cannot be understood.
@@ -107,7 +107,7 @@ pub struct Place<'a> {
     pub owner: Owner<'a>,
     /// Where files are opened and loggers run.
     pub host: &'a HostView,
-    /// Where it is told if something is lost later.
+    /// Where it is logged if something is lost later.
     pub log: Log,
 }
 
@@ -238,7 +238,7 @@ fn append_to(path: &Path, make: bool) -> io::Result<File> {
 /// Both sides; nothing flows yet.
 #[derive(Debug)]
 pub struct Connected {
-    /// What the agent is told.
+    /// What the agent gets.
     pub ports: agent::Stdio,
     stdin: Option<Input>,
     outputs: [Option<(Sink, UnixStream)>; 2],

@@ -134,8 +134,8 @@ mod tests {
             ("binary://logger?a=b", "is written binary:///absolute/path"),
             ("file:///a%00b", "is written file:///absolute/path"),
         ] {
-            let told = Target::parse(name).unwrap_err().to_string();
-            assert!(told.contains(words) && told.contains(name), "{told}");
+            let message = Target::parse(name).unwrap_err().to_string();
+            assert!(message.contains(words) && message.contains(name), "{message}");
         }
     }
 

@@ -334,7 +334,7 @@ async fn a_file_that_takes_no_more_ends_the_stream_and_no_other() {
     let _copies = connected.copy(None);
     let mut out = guest.remove(0);
     let refused = timeout(LIMIT, async { while out.write_all(&[0; 4096]).await.is_ok() {} });
-    refused.await.expect("the writer in the guest is told");
+    refused.await.expect("the writer in the guest gets the error");
 }
 
 #[tokio::test]
@@ -367,13 +367,13 @@ async fn one_logger_gets_both_streams_and_is_ended_with_them() {
 #[tokio::test]
 async fn what_cannot_be_opened_is_refused_by_name() {
     let missing = Stdio { stdout: "/no/such/fifo".into(), ..Stdio::default() };
-    let told = open(&missing).await.unwrap_err().to_string();
-    assert!(told.starts_with("cannot open the stdout FIFO /no/such/fifo: "), "{told}");
+    let message = open(&missing).await.unwrap_err().to_string();
+    assert!(message.starts_with("cannot open the stdout FIFO /no/such/fifo: "), "{message}");
     let uri = Stdio { stderr: "http:///x".into(), ..Stdio::default() };
     assert!(open(&uri).await.unwrap_err().to_string().starts_with("stderr: http:///x: the scheme http"));
     let unmade = Stdio { stdout: "file:///proc/no/log".into(), ..Stdio::default() };
-    let told = open(&unmade).await.unwrap_err().to_string();
-    assert!(told.starts_with("cannot open the stdout file \"/proc/no/log\": "), "{told}");
+    let message = open(&unmade).await.unwrap_err().to_string();
+    assert!(message.starts_with("cannot open the stdout file \"/proc/no/log\": "), "{message}");
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
     fs::write(&file, "").unwrap();

@@ -13,14 +13,18 @@ use std::{
 use async_trait::async_trait;
 use caisson_protos::guest::HOST_SHARE_DIRECTORY;
 use caisson_runtime::{
-    dial::Dialer,
-    events::{Destination, Publisher},
-    machine::{Machine, MachineHandle, MachineOwner, MachineState, machine},
-    paths::PodPaths,
+    host::paths::PodPaths,
     pod::{Limits, Pod, Provision, Provisions},
-    service,
-    share::{Share, enter_mount_namespace},
-    timeline::{Timeline, now_ns},
+    rootfs::share::{Share, enter_mount_namespace},
+    shim::{
+        events::{Destination, Publisher},
+        service,
+    },
+    vm::{
+        dial::Dialer,
+        supervisor::{Machine, MachineHandle, MachineOwner, MachineState, machine},
+        timeline::{Timeline, now_ns},
+    },
 };
 use containerd_shim_protos::{
     api::{
@@ -59,7 +63,7 @@ const LIMITS: Limits = {
 /// containerd's events service, which can go away and come back.
 #[derive(Default)]
 struct Containerd {
-    heard: Mutex<Vec<(String, Any)>>,
+    recorded: Mutex<Vec<(String, Any)>>,
     /// Takes each event, but dies before it says so.
     mute: AtomicBool,
 }
@@ -72,7 +76,7 @@ impl Events for Containerd {
         if self.mute.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
         }
-        self.heard.lock().unwrap().push((envelope.topic, envelope.event.unwrap()));
+        self.recorded.lock().unwrap().push((envelope.topic, envelope.event.unwrap()));
         Ok(Empty::new())
     }
 }
@@ -240,7 +244,7 @@ impl Bench {
     /// Waits until containerd has every event; topic, container or exec id, exit status.
     pub async fn events(&self) -> Vec<String> {
         self.publisher.flush(LIMIT).await;
-        let events = self.containerd.heard.lock().unwrap();
+        let events = self.containerd.recorded.lock().unwrap();
         let line = |(topic, event): &(String, Any)| match topic.as_str() {
             "/tasks/exit" => {
                 let exit = TaskExit::parse_from_bytes(&event.value).unwrap();

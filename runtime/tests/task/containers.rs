@@ -122,8 +122,8 @@ async fn what_the_guest_refuses_changes_nothing() {
     assert_eq!(refusal(resume(&bench, "one").await).0, Code::FAILED_PRECONDITION);
     assert_eq!(status(&bench, "").await, Status::PAUSED);
     bench.guest.refuse.lock().unwrap().insert("Update", Code::INVALID_ARGUMENT);
-    let told = refusal(update(&bench, "one", "{}").await);
-    assert_eq!(told, (Code::INVALID_ARGUMENT, "the guest refuses Update".into()));
+    let message = refusal(update(&bench, "one", "{}").await);
+    assert_eq!(message, (Code::INVALID_ARGUMENT, "the guest refuses Update".into()));
     assert!(!bench.events().await.contains(&"/tasks/resumed".to_owned()));
 }
 
@@ -178,7 +178,7 @@ async fn stats_are_containerds_metrics() {
 }
 
 #[tokio::test]
-async fn each_kill_for_want_of_memory_is_told_once_and_before_the_delete() {
+async fn each_kill_for_want_of_memory_is_reported_once_and_before_the_delete() {
     let bench = running().await;
     bench.guest.kills.send_replace(1);
     while bench.events().await.last().unwrap() != "/tasks/oom" {
@@ -210,10 +210,10 @@ async fn a_guest_cannot_flood_containerd_with_kills() {
         bench.state("one", "").await.unwrap();
     }
     flood.abort();
-    let told = bench.events().await.iter().filter(|event| *event == "/tasks/oom").count() as u128;
+    let message = bench.events().await.iter().filter(|event| *event == "/tasks/oom").count() as u128;
     // A machine that is slow tells fewer: the bound is what counts.
     let most = began.elapsed().as_millis() / 100 + 1;
-    assert!((1..=most).contains(&told), "{told} events in {:?}", began.elapsed());
+    assert!((1..=most).contains(&message), "{message} events in {:?}", began.elapsed());
 }
 
 #[tokio::test]

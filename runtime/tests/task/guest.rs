@@ -121,14 +121,14 @@ impl Guest {
         self.calls.lock().unwrap().push(format!("{verb} {container}/{exec}"));
     }
 
-    /// Waits for ever if it was told to.
+    /// Waits for ever if the test says so.
     async fn answers(&self, verb: &'static str) {
         if self.silent.lock().unwrap().contains(verb) {
             std::future::pending::<()>().await;
         }
     }
 
-    /// Refuses if it was told to.
+    /// Refuses if the test says so.
     fn check(&self, verb: &str) -> ttrpc::Result<()> {
         match self.refuse.lock().unwrap().get(verb) {
             Some(code) => Err(get_rpc_status(*code, format!("the guest refuses {verb}"))),
@@ -286,7 +286,7 @@ impl Agent for Guest {
         let more = |kills: &u64| *kills > request.seen;
         tokio::select! {
             biased;
-            told = kills.wait_for(more) => Ok(WaitOomResponse { kills: *told.unwrap(), ..WaitOomResponse::new() }),
+            kills = kills.wait_for(more) => Ok(WaitOomResponse { kills: *kills.unwrap(), ..WaitOomResponse::new() }),
             _ = exit.wait_for(Option::is_some) => Err(get_rpc_status(Code::FAILED_PRECONDITION, "it has ended")),
         }
     }

@@ -66,9 +66,9 @@ async fn a_bind_mount_that_cannot_be_is_creates_error_and_leaves_nothing() {
         let request = bench.request_with("one", &["sleep"], |spec| {
             spec["mounts"] = json!([{ "destination": "/d", "type": "bind", "source": source, "options": ["rbind"] }]);
         });
-        let (code, told) = refusal(bench.create(&request).await);
+        let (code, message) = refusal(bench.create(&request).await);
         assert_eq!(code, Code::INVALID_ARGUMENT);
-        assert!(told.contains("mounts[0] (/d)") && told.contains(source) && told.contains(words), "{told}");
+        assert!(message.contains("mounts[0] (/d)") && message.contains(source) && message.contains(words), "{message}");
         assert_eq!(bench.shared(), Vec::<String>::new());
     }
     assert!(bench.guest.creates.lock().unwrap().is_empty());
@@ -119,12 +119,12 @@ async fn a_hook_that_fails_fails_create_and_undoes_it() {
     let request = bench.request_with("one", &["sleep"], |spec| {
         spec["hooks"] = json!({ "createRuntime": [fails], "poststop": [poststop] });
     });
-    let (code, told) = refusal(bench.create(&request).await);
+    let (code, message) = refusal(bench.create(&request).await);
     assert_eq!(code, Code::FAILED_PRECONDITION);
     for word in ["hooks.createRuntime[0]", "exit status: 5", "no such luck"] {
-        assert!(told.contains(word), "{word}: {told}");
+        assert!(message.contains(word), "{word}: {message}");
     }
-    assert!(stopped.exists(), "what had begun is told its end");
+    assert!(stopped.exists(), "the poststop hook has run");
     assert!(bench.guest.creates.lock().unwrap().is_empty(), "the agent was not asked");
     assert_eq!((bench.shared(), bench.events().await), (Vec::new(), Vec::new()));
     assert_eq!(refusal(bench.state("one", "").await).0, Code::NOT_FOUND);
@@ -182,16 +182,16 @@ async fn the_second_container_joins_the_first_by_the_pid_of_its_task() {
             spec["linux"]["namespaces"][2]["path"] = json!(format!("/proc/{pid}/ns/net"));
         }
     };
-    let (code, told) = refusal(bench.create(&bench.request_with("one", &["sleep"], join(4711))).await);
+    let (code, message) = refusal(bench.create(&bench.request_with("one", &["sleep"], join(4711))).await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
-    assert!(told.contains("linux.namespaces[network]: process 4711 is none of this pod"), "{told}");
+    assert!(message.contains("linux.namespaces[network]: PID 4711 is not in this pod"), "{message}");
     let pid = bench.create(&bench.request("one", &["sleep"])).await.unwrap().pid;
     bench.create(&bench.request_with("two", &["sleep"], join(pid))).await.unwrap();
     let create = bench.guest.creates.lock().unwrap().pop().unwrap();
     let joins: Vec<_> = create.joins.iter().map(|join| (join.type_.as_str(), join.container_id.as_str())).collect();
     assert_eq!(joins, [("network", "one")]);
-    let (code, told) = refusal(bench.create(&bench.request_with("three", &["sleep"], join(1))).await);
-    assert_eq!((code, told.contains("process 1 is none of this pod")), (Code::INVALID_ARGUMENT, true), "{told}");
+    let (code, message) = refusal(bench.create(&bench.request_with("three", &["sleep"], join(1))).await);
+    assert_eq!((code, message.contains("PID 1 is not in this pod")), (Code::INVALID_ARGUMENT, true), "{message}");
 }
 
 /// The real shim, in a bundle of its own.
@@ -233,7 +233,7 @@ impl RealShim {
         let task = TaskClient::new(Client::connect(&address).await.unwrap());
         let bundle = self.bundle.display().to_string();
         let request = CreateTaskRequest { id: "one".into(), bundle, ..CreateTaskRequest::default() };
-        let told = refusal(task.create(within(), &request).await);
+        let message = refusal(task.create(within(), &request).await);
         let shutdown = ShutdownRequest { id: "one".into(), now: true, ..ShutdownRequest::default() };
         let _ = task.shutdown(within(), &shutdown).await;
         let pid = fs::read_to_string(self.bundle.join("shim.pid")).unwrap();
@@ -242,7 +242,7 @@ impl RealShim {
             assert!(Instant::now() < deadline, "waited {LIMIT:?} for the shim's end");
             sleep(std::time::Duration::from_millis(10)).await;
         }
-        told
+        message
     }
 }
 
@@ -291,9 +291,9 @@ async fn what_a_specification_cannot_have_is_refused_before_a_machine_starts() {
     ];
     for (spec, words) in cases {
         let shim = RealShim::new(&spec);
-        let told = timeout(LIMIT, shim.create()).await.expect("an answer");
-        assert_eq!(told.0, Code::INVALID_ARGUMENT, "{}", told.1);
-        assert!(told.1.contains(words), "{words}: {}", told.1);
+        let message = timeout(LIMIT, shim.create()).await.expect("an answer");
+        assert_eq!(message.0, Code::INVALID_ARGUMENT, "{}", message.1);
+        assert!(message.1.contains(words), "{words}: {}", message.1);
         assert!(!shim.directory.path().join("started").exists(), "a monitor was started: {words}");
         // Not even the pod's directory was made, which comes before its processes.
         let left: Vec<_> = fs::read_dir(shim.directory.path().join("state")).unwrap().flatten().collect();

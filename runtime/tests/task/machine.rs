@@ -16,9 +16,9 @@ use caisson_protos::{
     guest::{READY_PORT, Ready},
     monitor::{Event, ExitNotice, ExitReason, GuestStream, Reply, encode},
 };
-use caisson_runtime::{
+use caisson_runtime::vm::{
     dial::Dialer,
-    machine::{Launched, MachineHandle, machine, supervise},
+    supervisor::{Launched, MachineHandle, machine, supervise},
     timeline::{Timeline, now_ns},
 };
 use caisson_vmm_client::{Child, packet};
@@ -148,12 +148,12 @@ async fn a_guest_that_never_gets_ready_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_ready_message_that_is_none_and_a_broken_protocol_are_told() {
+async fn a_ready_message_that_is_none_and_a_broken_protocol_are_reported() {
     let played = Played::new(LIMIT).await;
     played.say(&Event::Answer { id: 1, result: Ok(Reply::Done) });
     played.say(&Event::Answer { id: 2, result: Ok(Reply::Done) });
     played.stream(READY_PORT, &[0xff; 300]);
-    assert!(played.reason().await.contains("ready message is not one: longer than 256 bytes"));
+    assert!(played.reason().await.contains("invalid ready message from the guest: longer than 256 bytes"));
     let played = Played::new(LIMIT).await;
     played.say(&Event::Answer { id: 77, result: Ok(Reply::Done) });
     assert!(played.reason().await.contains("broke the control protocol"));

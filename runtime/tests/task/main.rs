@@ -111,10 +111,10 @@ async fn bad_creates_leave_nothing_and_do_not_take_the_name() {
     let mut unmountable = good.clone();
     unmountable.rootfs[0].type_ = "nosuchfs".into();
     unmountable.rootfs[0].options = vec!["ro".into(), "a=b".into()];
-    let told = refusal(bench.create(&unmountable).await);
-    assert_eq!(told.0, Code::FAILED_PRECONDITION);
+    let message = refusal(bench.create(&unmountable).await);
+    assert_eq!(message.0, Code::FAILED_PRECONDITION);
     for word in ["\"nosuchfs\"", "bundles/one/layer", "ro,a=b"] {
-        assert!(told.1.contains(word), "{}", told.1);
+        assert!(message.1.contains(word), "{}", message.1);
     }
     let mut vanished = good.clone();
     vanished.stdout = "/no/such/fifo".into();
@@ -134,15 +134,18 @@ async fn bad_creates_leave_nothing_and_do_not_take_the_name() {
 async fn a_program_that_is_missing_fails_start_and_can_be_deleted() {
     let bench = Bench::new().await;
     bench.create(&bench.request("one", &["missing"])).await.unwrap();
-    let told = refusal(bench.start("one", "").await);
-    assert_eq!(told, (Code::FAILED_PRECONDITION, "cannot start the container: exec: \"missing\": no such file".into()));
+    let message = refusal(bench.start("one", "").await);
+    assert_eq!(
+        message,
+        (Code::FAILED_PRECONDITION, "cannot start the container: exec: \"missing\": no such file".into())
+    );
     assert_eq!(bench.wait("one", "").await.unwrap().exit_status, 127);
     assert_eq!(bench.delete("one", "").await.unwrap().exit_status, 127);
     assert_eq!(bench.events().await, ["/tasks/create", "/tasks/exit one 127", "/tasks/delete"]);
 }
 
 #[tokio::test]
-async fn an_exit_that_overtakes_the_start_is_told_behind_it() {
+async fn an_exit_that_overtakes_the_start_is_reported_behind_it() {
     let bench = Bench::new().await;
     for round in 0..10 {
         let id = format!("c{round}");
@@ -211,7 +214,7 @@ async fn join<F: Future<Output = ()> + Unpin>(mut all: Vec<F>) {
 }
 
 #[tokio::test]
-async fn a_lost_machine_ends_everything_and_the_reason_is_told() {
+async fn a_lost_machine_ends_everything_and_the_reason_is_reported() {
     let bench = Bench::new().await;
     bench.create(&bench.request("one", &["sleep"])).await.unwrap();
     bench.start("one", "").await.unwrap();

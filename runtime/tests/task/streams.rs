@@ -100,7 +100,7 @@ async fn a_logger_is_there_from_create_to_delete() {
     assert_eq!(logged("x"), "ns k v\nexec\nto stderr\nend\n");
 }
 
-/// A shim that is told to end (SIGTERM) has containers still.
+/// A shim that is ended by SIGTERM has containers still.
 #[tokio::test]
 async fn the_end_of_a_pod_waits_for_its_loggers() {
     let bench = Bench::new().await;
@@ -127,8 +127,8 @@ async fn streams_that_cannot_be_had_are_refused_with_a_code() {
     ] {
         let mut request = bench.request("one", &["echo"]);
         request.stdout = uri.into();
-        let told = refusal(bench.create(&request).await);
-        assert!(told.0 == Code::INVALID_ARGUMENT && told.1.contains(words), "{told:?}");
+        let message = refusal(bench.create(&request).await);
+        assert!(message.0 == Code::INVALID_ARGUMENT && message.1.contains(words), "{message:?}");
     }
     assert_eq!(bench.shared(), Vec::<String>::new());
 }

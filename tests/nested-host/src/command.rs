@@ -1,4 +1,4 @@
-//! The command in the nested host: its output leaves through the ports, its exit status is told, orphans are reaped.
+//! The command in the nested host: its output leaves through the ports, its exit status is reported, orphans are reaped.
 //!
 //! The command writes to pipes, not to the virtio-serial ports themselves, because a port can be opened only once
 //! (`echo > /dev/stderr` would fail).

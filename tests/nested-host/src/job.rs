@@ -10,7 +10,7 @@ use crate::machine::Emulator;
 /// Where the job lies in the initramfs.
 pub const PATH: &str = "/job.json";
 
-/// One command and its surroundings.
+/// One command and its environment.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
     /// The program and its arguments; never empty.

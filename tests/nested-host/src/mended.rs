@@ -44,7 +44,7 @@ impl Mended {
     /// The first QEMU on the search path.
     ///
     /// # Errors
-    /// If there is none.
+    /// If it does not exist.
     pub fn find() -> anyhow::Result<Self> {
         let search = env::var_os("PATH").unwrap_or_default();
         let Some(program) = env::split_paths(&search).map(|place| place.join(NAME)).find(|program| program.is_file())

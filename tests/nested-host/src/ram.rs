@@ -51,7 +51,7 @@ fn find(program: &str) -> anyhow::Result<PathBuf> {
     }
 }
 
-/// The libraries and the loader, as ldd tells them; none for a static program or a script.
+/// The libraries and the loader, as ldd prints them; none for a static program or a script.
 fn libraries(program: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let listing = Command::new("ldd").arg(program).output().context("ldd")?;
     Ok(parse_ldd(&String::from_utf8_lossy(&listing.stdout)))

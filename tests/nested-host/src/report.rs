@@ -1,4 +1,4 @@
-//! What the inner init tells the outer process: lines on a virtio-serial port of their own.
+//! What the inner init reports to the outer process: lines on a virtio-serial port of their own.
 //!
 //! ```text
 //!   step mounts        init began this step

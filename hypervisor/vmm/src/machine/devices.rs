@@ -27,10 +27,10 @@ pub fn build(
     fds: &mut Descriptors,
     log: &Logger,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, MachineError> {
-    at_most("disks", config.disks.len(), MAX_DISKS)?;
-    at_most("shares", config.shares.len(), MAX_SHARES)?;
-    different("disks", config.disks.iter().map(|disk| &disk.serial))?;
-    different("shares", config.shares.iter().map(|share| &share.tag))?;
+    check_count("disks", config.disks.len(), MAX_DISKS)?;
+    check_count("shares", config.shares.len(), MAX_SHARES)?;
+    check_unique("disks", config.disks.iter().map(|disk| &disk.serial))?;
+    check_unique("shares", config.shares.iter().map(|share| &share.tag))?;
 
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng)];
     if let Some(vsock) = &config.vsock {
@@ -43,7 +43,7 @@ pub fn build(
         devices.push(Box::new(device.map_err(|source| MachineError::System { what: "vsock", source })?));
     }
     for (index, disk) in config.disks.iter().enumerate() {
-        devices.push(Box::new(block(index, disk, fds)?));
+        devices.push(Box::new(block(index, disk, fds, log)?));
     }
     for share in &config.shares {
         let what = format!("file server of share {:?}", share.tag);
@@ -54,25 +54,28 @@ pub fn build(
     Ok(devices)
 }
 
-fn block(index: usize, config: &DiskConfig, fds: &mut Descriptors) -> Result<Block, MachineError> {
+fn block(index: usize, config: &DiskConfig, fds: &mut Descriptors, log: &Logger) -> Result<Block, MachineError> {
     let serial = config.serial.as_str();
     if serial.len() > MAX_SERIAL || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
         return Err(MachineError::Serial(serial.to_owned()));
     }
     let access = if config.read_only { Access::Read } else { Access::ReadWrite };
-    let (file, size) = fds.disk(config.file, &format!("disk {index}"), access)?;
-    Ok(Block::new(file, size, serial, config.read_only))
+    let what = format!("disk {index}");
+    let (file, size) = fds.disk(config.file, &what, access)?;
+    let log = log.new(slog::o!("disk" => index));
+    Block::new(file, size, serial, config.read_only, log)
+        .map_err(|source| MachineError::Device { what, source: source.into() })
 }
 
-fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {
+fn check_count(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {
     if count > max { Err(MachineError::TooMany { what, count, max }) } else { Ok(()) }
 }
 
 /// The guest tells disks and shares apart by these names; several disks may have none.
-fn different<'a>(what: &'static str, names: impl Iterator<Item = &'a String>) -> Result<(), MachineError> {
+fn check_unique<'a>(what: &'static str, names: impl Iterator<Item = &'a String>) -> Result<(), MachineError> {
     let mut seen = BTreeSet::new();
     match names.filter(|name| !name.is_empty()).find(|name| !seen.insert(*name)) {
-        Some(name) => Err(MachineError::Twice { what, name: name.clone() }),
+        Some(name) => Err(MachineError::DuplicateName { what, name: name.clone() }),
         None => Ok(()),
     }
 }

@@ -1,7 +1,9 @@
 //! A virtqueue as devices see it: [`VirtQueue::pop`] gives checked chains, [`VirtQueue::complete`] returns them.
 //!
 //! Ring and index handling is the virtio-queue crate's; what this adds is the check of a whole chain before a device
-//! sees any of it: readable before writable descriptors, every byte in guest memory, a proper end.
+//! sees any of it: readable before writable descriptors, every byte in guest memory, a last descriptor.
+
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
@@ -30,8 +32,16 @@ pub enum QueueError {
     #[error("chain {0}: a readable descriptor follows a writable one")]
     Order(u16),
     /// The chain loops, names a descriptor outside the table, or its indirect table is malformed.
-    #[error("chain {0}: no proper end")]
-    End(u16),
+    #[error("unterminated descriptor chain {0}")]
+    Unterminated(u16),
+    /// More descriptors than the queue has (2.7.5.3.1), in an indirect table.
+    #[error("chain {head}: more descriptors than the {size} of its queue")]
+    Descriptors {
+        /// Index of the chain's first descriptor.
+        head: u16,
+        /// The queue's size.
+        size: u16,
+    },
     /// One direction of the chain exceeds 4 GiB.
     #[error("chain {0}: longer than 4 GiB")]
     Length(u16),
@@ -54,6 +64,8 @@ pub struct VirtQueue {
     queue: Queue,
     /// Chains were completed since the driver was last asked whether it wants an interrupt.
     used_since_signal: bool,
+    /// An interrupt is due, whatever the driver said last.
+    signal_always: bool,
     /// The device left chains for later.
     call_again: bool,
 }
@@ -64,7 +76,7 @@ impl VirtQueue {
     /// # Errors
     /// If `max_size` is not a power of two up to 32768.
     pub fn new(max_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false, call_again: false })
+        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false, signal_always: false, call_again: false })
     }
 
     /// The ring's registers, for the transport.
@@ -91,15 +103,16 @@ impl VirtQueue {
             return Ok(None);
         }
         let Some(descriptors) = self.queue.iter(memory)?.next() else { return Ok(None) };
+        let size = self.queue.size();
         let mut chain =
             Chain { head: descriptors.head_index(), readable: Buffers::default(), writable: Buffers::default() };
         // The iterator ends the same way at a chain's end and at a malformed link; the last flags tell which it was.
         let mut ended = false;
-        for descriptor in descriptors {
-            chain.push(memory, &descriptor)?;
+        for (count, descriptor) in descriptors.enumerate() {
+            chain.push(memory, &descriptor, count, size)?;
             ended = !descriptor.has_next();
         }
-        if ended { Ok(Some(chain)) } else { Err(QueueError::End(chain.head)) }
+        if ended { Ok(Some(chain)) } else { Err(QueueError::Unterminated(chain.head)) }
     }
 
     /// Puts the chain that [`Self::pop`] gave last back, so that the next pop gives it again. At most once for each pop.
@@ -116,25 +129,26 @@ impl VirtQueue {
         const DESCRIPTOR_LEN: u16 = size_of::<Descriptor>() as u16;
         let mut chain = Chain { head, readable: Buffers::default(), writable: Buffers::default() };
         let (mut table, mut size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
-        let (mut index, mut left, mut indirect) = (head, size, false);
+        let (mut index, mut left, mut indirect, mut count) = (head, size, false, 0);
         loop {
             // `left` ends a loop: a chain has no more descriptors than its table.
             if index >= size || left == 0 {
-                return Err(QueueError::End(head));
+                return Err(QueueError::Unterminated(head));
             }
             left -= 1;
             let address = table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_LEN));
             let descriptor = address.and_then(|at| memory.read_obj::<Descriptor>(at).ok());
-            let descriptor = descriptor.ok_or(QueueError::End(head))?;
+            let descriptor = descriptor.ok_or(QueueError::Unterminated(head))?;
             if descriptor.refers_to_indirect_table() {
                 let entries = u16::try_from(descriptor.len() / u32::from(DESCRIPTOR_LEN)).unwrap_or(0);
                 if indirect || descriptor.len() % u32::from(DESCRIPTOR_LEN) != 0 {
-                    return Err(QueueError::End(head));
+                    return Err(QueueError::Unterminated(head));
                 }
                 (table, size, index, left, indirect) = (descriptor.addr(), entries, 0, entries, true);
                 continue;
             }
-            chain.push(memory, &descriptor)?;
+            chain.push(memory, &descriptor, count, self.queue.size())?;
+            count += 1;
             if !descriptor.has_next() {
                 return Ok(chain);
             }
@@ -164,6 +178,28 @@ impl VirtQueue {
     /// Makes an interrupt due for what was completed quietly, unless the driver has seen it.
     pub fn signal_completed(&mut self) {
         self.used_since_signal = true;
+    }
+
+    /// Makes an interrupt due even if the driver has asked for none. After a restore: what was completed quietly before the save
+    /// is not counted any more, so the driver's wish cannot be compared with it.
+    pub fn signal_always(&mut self) {
+        self.signal_always = true;
+    }
+
+    /// The driver's index of the available ring. Asks the driver to notify when it advances, though what it made available
+    /// before was not taken.
+    ///
+    /// # Errors
+    /// If the rings are not in guest memory.
+    pub fn await_advance(&mut self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        let next = self.queue.next_avail();
+        let available = self.queue.avail_idx(memory, Ordering::Acquire)?;
+        self.queue.set_next_avail(available.0);
+        let enabled = self.queue.enable_notification(memory);
+        self.queue.set_next_avail(next);
+        enabled?;
+        // It may have advanced before it could see that we want to know.
+        Ok(self.queue.avail_idx(memory, Ordering::Acquire)?.0)
     }
 
     /// Asks the transport to call `queue_ready` for this queue again, after everything else that waits on the device
@@ -199,15 +235,26 @@ impl VirtQueue {
     /// # Errors
     /// If the rings are not in guest memory.
     pub fn take_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        if !std::mem::take(&mut self.used_since_signal) {
+        let always = std::mem::take(&mut self.signal_always);
+        if !std::mem::take(&mut self.used_since_signal) && !always {
             return Ok(false);
         }
-        Ok(self.queue.needs_notification(memory)?)
+        Ok(self.queue.needs_notification(memory)? || always)
     }
 }
 
 impl<'m> Chain<'m> {
-    fn push(&mut self, memory: &'m GuestMemory, descriptor: &Descriptor) -> Result<(), QueueError> {
+    /// Adds the next descriptor, before which there are `count`, of a queue of `size`.
+    fn push(
+        &mut self,
+        memory: &'m GuestMemory,
+        descriptor: &Descriptor,
+        count: usize,
+        size: u16,
+    ) -> Result<(), QueueError> {
+        if count >= usize::from(size) {
+            return Err(QueueError::Descriptors { head: self.head, size });
+        }
         let (address, len) = (descriptor.addr(), descriptor.len());
         if descriptor.is_write_only() {
             self.extend_with(memory, address, len, true)

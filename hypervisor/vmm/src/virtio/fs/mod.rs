@@ -36,8 +36,12 @@ use slog::{Logger, error, info, warn};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::timerfd::TimerFd;
 
-use self::{requests::Waiting, slots::Slots, wire::Reply};
-use super::{Chain, Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
+use self::{
+    requests::{SMALL, Waiting},
+    slots::Slots,
+    wire::Reply,
+};
+use super::{Chain, Context, DeviceError, Poll, PollToken, Turn, VirtioDevice, read_config_bytes};
 
 #[cfg(test)]
 mod hostile_tests;
@@ -67,6 +71,9 @@ const BATCH: usize = 64;
 
 /// Bytes of requests or replies after which a batch ends, too: some 100 us of copying.
 const BATCH_BYTES: usize = 1 << 20;
+
+/// The same for requests.
+const TURN: Turn = Turn { chains: BATCH, bytes: BATCH_BYTES };
 
 /// After this time a request for which the host had no memory is tried again.
 const RETRY_AFTER: Duration = Duration::from_millis(2);
@@ -125,6 +132,8 @@ pub struct FsDevice {
     alarm: Alarm,
     /// The newest request when the alarm was set: if it or an older one is in flight when it fires, the server stalls.
     newest: u64,
+    /// Where small replies are received while several requests are in flight.
+    small_reply: Box<[u8; SMALL]>,
     /// Times in a row that the server was found to stall.
     stalls: u32,
     log: Logger,
@@ -185,6 +194,7 @@ impl FsDevice {
             timer,
             alarm: Alarm::Off,
             newest: 0,
+            small_reply: Box::new([0; SMALL]),
             stalls: 0,
             log,
             #[cfg(test)]
@@ -332,10 +342,6 @@ impl VirtioDevice for FsDevice {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
-    }
-
-    fn features(&self) -> u64 {
-        0
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
