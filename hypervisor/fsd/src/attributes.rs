@@ -1,4 +1,4 @@
-//! What the kernel says of a file, in the words of FUSE.
+//! Attributes of files and file systems, as the kernel reports them and as FUSE sends them.
 
 use std::{
     ffi::CStr,
@@ -37,7 +37,7 @@ pub fn is_read_only(file: impl AsFd) -> bool {
     file_system(file).is_ok_and(|state| state.f_flag & libc::ST_RDONLY != 0)
 }
 
-/// Whether a file is on an overlay. A file system that does not say what it is is none.
+/// Whether a file is on an overlay. One that cannot be asked for its type is not.
 pub fn is_overlay(file: impl AsFd) -> bool {
     fstatfs(file).is_ok_and(|state| state.f_type == libc::OVERLAYFS_SUPER_MAGIC)
 }

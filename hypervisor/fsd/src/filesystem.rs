@@ -1,4 +1,4 @@
-//! FUSE's operations on the [`Tree`], each a few system calls.
+//! FUSE's operations on the [`crate::tree::Tree`], each a few system calls.
 //!
 //! The crate fuse-backend-rs decodes requests and encodes replies. Its own pass-through file system is not used; what
 //! stood against it, in version 0.14: it needs `/proc` by name inside the jail for attributes; hard links need

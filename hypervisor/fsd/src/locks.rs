@@ -157,7 +157,7 @@ impl Locks {
     }
 }
 
-/// The lock in the words of fcntl(2). FUSE gives the last byte, which is i64::MAX for "to the end, whatever it will be".
+/// The lock as fcntl(2) takes it. FUSE gives the last byte, which is i64::MAX for "to the end, whatever it will be".
 fn description(kind: i16, lock: &FileLock) -> Result<libc::flock64, Errno> {
     let start = i64::try_from(lock.start).map_err(|_| Errno::INVAL)?;
     let end = i64::try_from(lock.end).map_err(|_| Errno::INVAL)?;

@@ -108,19 +108,18 @@ fn run(log: &Logger) -> Result<()> {
     Ok(())
 }
 
-/// Serves one socket until it closes. When that fails the process ends, whatever the others do: half a file server is
-/// none.
+/// Serves one socket until it closes. When that fails the process ends, also for the other socket: the pod needs both.
 fn serve(session: &Session, gate: &Barrier) {
     /// Ends the process if the thread panics.
-    struct Bomb;
-    impl Drop for Bomb {
+    struct ExitOnPanic;
+    impl Drop for ExitOnPanic {
         fn drop(&mut self) {
             if std::thread::panicking() {
                 std::process::exit(1);
             }
         }
     }
-    let _bomb = Bomb;
+    let _exit_on_panic = ExitOnPanic;
     // The umask, which each request sets, is a thread's own only if its working directory is.
     // SAFETY: no FILES flag: the table of descriptors stays as it is.
     let unshared = unsafe { unshare_unsafe(UnshareFlags::FS) };

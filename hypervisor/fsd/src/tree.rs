@@ -2,8 +2,8 @@
 //! becomes a node.
 //!
 //! A name is one component, never a path: `.`, `..` and anything with a slash is refused, a symlink is a node of its own
-//! and is never followed (the guest's kernel follows them, inside the guest's tree), and openat2 is told to stay
-//! beneath the directory as well.
+//! and is never followed (the guest's kernel follows them, inside the guest's tree), and openat2 is restricted to
+//! what lies beneath the directory as well.
 //!
 //! What the guest may keep in its caches depends on the mount. The mount of the shared directory itself belongs to the
 //! shim, which adds and removes pods' directories there at any time: nothing of it is cached. What is mounted

@@ -122,10 +122,10 @@ fn what_is_mounted_read_only_stays_as_it_is_whatever_a_guest_sends() {
     failed("copy_file_range", client.ask(op::COPY_FILE_RANGE, source, &copy).map(drop));
     failed("ioctl", client.ask(op::IOCTL, file, &[0; 32]).map(drop));
     let after = fs::metadata(mounted.join("file")).unwrap();
-    let told = |metadata: &fs::Metadata| {
+    let attributes_of = |metadata: &fs::Metadata| {
         (metadata.mode(), metadata.uid(), metadata.len(), metadata.mtime(), metadata.ctime_nsec(), metadata.nlink())
     };
-    assert_eq!(told(&after), told(&before));
+    assert_eq!(attributes_of(&after), attributes_of(&before));
     assert_eq!(fs::read_to_string(mounted.join("file")).unwrap(), "content");
     assert_eq!(client.read(file, 0, 100).unwrap(), b"content", "and can be read");
     assert_eq!(client.readdir(false, ro).unwrap().len(), 4);
@@ -170,10 +170,10 @@ fn a_link_that_a_guest_plants_leads_nobody_out() {
     client.create(dir.node, "new", 0o644).unwrap();
     assert!(stage.shared().join("away/new").exists() && !outside.join("new").exists());
     let after = fs::metadata(&secret).unwrap();
-    let told = |metadata: &fs::Metadata| {
+    let attributes_of = |metadata: &fs::Metadata| {
         (metadata.mode(), metadata.uid(), metadata.mtime(), metadata.ctime(), metadata.nlink())
     };
-    assert_eq!(told(&after), told(&before));
+    assert_eq!(attributes_of(&after), attributes_of(&before));
     assert_eq!(fs::read_to_string(&secret).unwrap(), "secret");
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
 }

@@ -206,13 +206,13 @@ fn times_of_birth_and_flags_are_the_hosts() {
     fs::write(disk.path().join("file"), "12345").unwrap();
     let mut client = Client::new(&stage);
     let node = client.walk("volume/file").unwrap().node;
-    let told = client.ask(op::STATX, node, &[0; 24]).unwrap();
+    let reply = client.ask(op::STATX, node, &[0; 24]).unwrap();
     // The standard library has no times of birth with musl.
     let file = disk.path().join("file");
     let born = statx(CWD, file, AtFlags::empty(), StatxFlags::BTIME).unwrap().stx_btime;
     // struct fuse_statx_out: 32 bytes, then struct fuse_statx, in which size is at 40 and btime at 80.
-    assert_eq!(u64_at(&told, 32 + 40), 5);
-    assert_eq!((u64_at(&told, 32 + 80), u32_at(&told, 32 + 88)), (born.tv_sec as u64, born.tv_nsec));
+    assert_eq!(u64_at(&reply, 32 + 40), 5);
+    assert_eq!((u64_at(&reply, 32 + 80), u32_at(&reply, 32 + 88)), (born.tv_sec as u64, born.tv_nsec));
     // struct fuse_ioctl_in of lsattr(1); nodump (0x40) is a flag that needs no capability.
     let get = [vec![0; 12], words(&[0x8008_6601]), vec![0; 8], words(&[0, 8])].concat();
     let flags = u32_at(&client.ask(op::IOCTL, node, &get).unwrap(), 16);

@@ -134,7 +134,7 @@ fn nodes_and_handles_that_were_never_given_are_stale() {
 }
 
 #[test]
-fn sizes_and_counts_beyond_all_measure_are_refused_or_cut() {
+fn sizes_and_counts_out_of_range_are_refused_or_cut() {
     let stage = Stage::new();
     let mut client = Client::new(&stage);
     let file = client.create(ROOT, "file", 0o644).unwrap();
@@ -288,14 +288,14 @@ fn a_guest_cannot_have_more_ranges_locked_than_its_share() {
 }
 
 #[test]
-fn lengths_that_lie_are_refused() {
+fn lengths_other_than_the_packets_are_refused() {
     let stage = Stage::new();
     let mut client = Client::new(&stage);
     for len in [0, 39, 40, 44, 46, 1 << 20, u32::MAX] {
-        let number = client.post_lie(len, op::LOOKUP, ROOT, b"file\0");
+        let number = client.post_with_length(len, op::LOOKUP, ROOT, b"file\0");
         assert_eq!(client.reply(), (number, Err(libc::EINVAL)), "length {len}");
     }
-    client.post_lie(10, op::FORGET, ROOT, &[0; 8]);
+    client.post_with_length(10, op::FORGET, ROOT, &[0; 8]);
     assert_eq!(client.ask(op::LOOKUP, ROOT, b"no end"), Err(libc::EINVAL));
 }
 

@@ -146,7 +146,7 @@ fn directories_come_and_go() {
 }
 
 #[test]
-fn attributes_are_set_as_told() {
+fn attributes_are_set() {
     let stage = Stage::new();
     let mut client = Client::new(&stage);
     let file = client.create(ROOT, "file", 0o644).unwrap();

@@ -259,8 +259,8 @@ impl Client {
         send(&self.socket, &bytes, SendFlags::NOSIGNAL).expect("the program takes requests");
     }
 
-    /// Sends a packet whose header lies about its length; the number is the next one's.
-    pub fn post_lie(&mut self, len: u32, opcode: u32, node: u64, body: &[u8]) -> u64 {
+    /// Sends a packet whose header gives another length; the number is the next one's.
+    pub fn post_with_length(&mut self, len: u32, opcode: u32, node: u64, body: &[u8]) -> u64 {
         self.unique += 2;
         self.packet(len, opcode, node, body);
         self.unique
