@@ -20,13 +20,6 @@ fn given<'a>(host: &'a Host, name: &str, script: &str) -> Given<'a> {
     given.set("/process/args", json!(["/bin/busybox", "sh", "-ec", script]))
 }
 
-fn volume(host: &Host, owner: (u32, u32)) -> PathBuf {
-    let directory = host.directory().join("volume");
-    fs::create_dir(&directory).expect("a new directory");
-    chown(&directory, Some(owner.0), Some(owner.1)).expect("root may do so");
-    directory
-}
-
 fn mapping(ranges: &[(u32, u32, u32)]) -> Value {
     let one = |&(inside, outside, size): &_| json!({ "containerID": inside, "hostID": outside, "size": size });
     ranges.iter().map(one).collect()
@@ -77,8 +70,21 @@ impl Drop for Below {
     }
 }
 
+/// A directory that is removed when dropped.
+struct Removed(PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 fn owners_of_a_volume_are_mapped(host: &Host) {
-    let directory = volume(host, (1000, 1001));
+    // Not in the host's directory, in which a mount counts as left behind.
+    let removed = Removed(std::env::temp_dir().join(format!("mapped-ids-{}", std::process::id())));
+    let directory = removed.0.clone();
+    fs::create_dir(&directory).expect("a new directory");
+    chown(&directory, Some(1000), Some(1001)).expect("root may do so");
     let _below = Below::mount(directory.join("below"));
     for (name, uid, gid) in [("theirs", 1000, 1001), ("foreign", 5, 6), ("below/theirs", 1001, 1002)] {
         fs::write(directory.join(name), "from the host\n").expect("it is written");
@@ -133,7 +139,8 @@ fn owners_of_a_volume_are_mapped(host: &Host) {
 
 fn a_volume_has_the_containers_own_users(host: &Host) {
     const OUTSIDE: u32 = 100_000;
-    let directory = volume(host, (0, 0));
+    let directory = host.directory().join("volume");
+    fs::create_dir(&directory).expect("a new directory");
     fs::write(directory.join("roots"), "").expect("it is written");
     let script = "/bin/busybox stat -c '%u %g' /v/roots; echo made > /v/made; /bin/busybox chown 7:8 /v/roots";
     let given = given(host, "userns", script);
