@@ -204,25 +204,22 @@ impl FileSystem for Service {
             return not_needed;
         }
         // Refused now and not at the first write; and an overlay copies the file up while it has its name.
-        let options = match self.tree.file(node, Access::Write) {
-            Ok(_) if self.tree.sharing() == Sharing::Alone => return not_needed,
-            // The guest says then when it has closed it.
-            Ok(_) => OpenOptions::KEEP_CACHE,
+        match self.tree.file(node, Access::Write) {
+            Ok(_) => not_needed,
             // What is appended must not wait in a cache: only the whole of a page could be written back.
             Err(Errno::PERM) if flags & libc::O_APPEND as u32 != 0 => {
                 self.tree.file(node, Access::Append)?;
-                OpenOptions::DIRECT_IO
+                Ok((None, OpenOptions::DIRECT_IO, None))
             }
-            Err(errno) => return Err(errno.into()),
-        };
-        self.tree.add_writer(node);
-        Ok((None, options, None))
+            Err(errno) => Err(errno.into()),
+        }
     }
 
-    fn release(&self, _: &Context, node: u64, flags: u32, _: u64, _: bool, _: bool, _: Option<u64>) -> io::Result<()> {
-        if self.tree.sharing() == Sharing::WithHost && flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32 {
-            self.tree.remove_writer(node);
+    fn flush(&self, _: &Context, node: u64, _: u64, _: u64) -> io::Result<()> {
+        if self.tree.sharing() == Sharing::Alone {
+            return Err(Errno::NOSYS.into());
         }
+        self.tree.close_for_writing(node);
         Ok(())
     }
 
@@ -236,8 +233,7 @@ impl FileSystem for Service {
         component(name)?;
         let mode = Mode::from_raw_mode(args.mode & 0o7777);
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let writes = args.flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32;
-        let created = self.create_open(parent, (context.uid, context.gid, args.umask), writes, |directory| {
+        let created = self.create_open(parent, (context.uid, context.gid, args.umask), |directory| {
             openat(directory, name, flags, mode)
         });
         let exclusive = args.flags & libc::O_EXCL as u32 != 0;
