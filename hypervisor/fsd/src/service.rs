@@ -71,11 +71,12 @@ impl Service {
         &self,
         parent: u64,
         (uid, gid, umask): (u32, u32, u32),
-        create: impl FnOnce(&Node) -> Result<OwnedFd, Errno>,
+        create: impl Fn(&Node) -> Result<OwnedFd, Errno>,
     ) -> Result<Entry, Errno> {
         let claim = self.tree.claim()?;
         let directory = self.tree.node(parent)?;
-        let file = creating_as(uid, gid, umask, || create(&directory)).map_err(out_of_descriptors)?;
+        let attempt = || creating_as(uid, gid, umask, || create(&directory));
+        let file = self.tree.retry_without_space(attempt).map_err(out_of_descriptors)?;
         let entry = self.tree.enter_created(&directory, &file, claim)?;
         self.tree.keep_created(entry.inode, file);
         Ok(entry)
@@ -137,12 +138,13 @@ impl Service {
         parent: u64,
         name: &CStr,
         umask: u32,
-        make: impl FnOnce(BorrowedFd) -> Result<(), Errno>,
+        make: impl Fn(BorrowedFd) -> Result<(), Errno>,
     ) -> io::Result<Entry> {
         component(name)?;
         let claim = self.tree.claim()?;
         let directory = self.tree.node(parent)?;
-        creating_as(context.uid, context.gid, umask, || make(directory.as_fd()))?;
+        let attempt = || creating_as(context.uid, context.gid, umask, || make(directory.as_fd()));
+        self.tree.retry_without_space(attempt)?;
         Ok(self.tree.lookup_made(&directory, name, claim)?)
     }
 }
