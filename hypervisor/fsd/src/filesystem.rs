@@ -37,7 +37,7 @@ use crate::{
     handshake::{MAX_DATA, Sharing},
     identity::without_fsetid,
     service::{Service, check_name},
-    tree::component,
+    tree::{Tree, component},
     wire::is_guests,
 };
 
@@ -204,25 +204,22 @@ impl FileSystem for Service {
             return not_needed;
         }
         // Refused now and not at the first write; and an overlay copies the file up while it has its name.
-        let options = match self.tree.file(node, Access::Write) {
-            Ok(_) if self.tree.sharing() == Sharing::Alone => return not_needed,
-            // The guest says then when it has closed it.
-            Ok(_) => OpenOptions::KEEP_CACHE,
+        match self.tree.file(node, Access::Write) {
+            Ok(_) => not_needed,
             // What is appended must not wait in a cache: only the whole of a page could be written back.
             Err(Errno::PERM) if flags & libc::O_APPEND as u32 != 0 => {
                 self.tree.file(node, Access::Append)?;
-                OpenOptions::DIRECT_IO
+                Ok((None, OpenOptions::DIRECT_IO, None))
             }
-            Err(errno) => return Err(errno.into()),
-        };
-        self.tree.add_writer(node);
-        Ok((None, options, None))
+            Err(errno) => Err(errno.into()),
+        }
     }
 
-    fn release(&self, _: &Context, node: u64, flags: u32, _: u64, _: bool, _: bool, _: Option<u64>) -> io::Result<()> {
-        if self.tree.sharing() == Sharing::WithHost && flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32 {
-            self.tree.remove_writer(node);
+    fn flush(&self, _: &Context, node: u64, _: u64, _: u64) -> io::Result<()> {
+        if self.tree.sharing() == Sharing::Alone {
+            return Err(Errno::NOSYS.into());
         }
+        self.tree.close_for_writing(node);
         Ok(())
     }
 
@@ -236,8 +233,7 @@ impl FileSystem for Service {
         component(name)?;
         let mode = Mode::from_raw_mode(args.mode & 0o7777);
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let writes = args.flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32;
-        let created = self.create_open(parent, (context.uid, context.gid, args.umask), writes, |directory| {
+        let created = self.create_open(parent, (context.uid, context.gid, args.umask), |directory| {
             openat(directory, name, flags, mode)
         });
         let exclusive = args.flags & libc::O_EXCL as u32 != 0;
@@ -297,9 +293,9 @@ impl FileSystem for Service {
         let at_end = appends && (self.tree.sharing() == Sharing::WithHost || file.access == Access::Append);
         without_fsetid(fuse_flags & WRITE_KILL_PRIV != 0, || {
             if at_end {
-                return append(&file, from, size as usize);
+                return append(&self.tree, &file, from, size as usize);
             }
-            file.lend(|file| write_all(file, from, size as usize, offset, delayed))
+            file.lend(|file| write_all(&self.tree, file, from, size as usize, offset, delayed))
         })?
     }
 
@@ -340,7 +336,9 @@ impl FileSystem for Service {
     fn fallocate(&self, _: &Context, node: u64, _: u64, mode: u32, offset: u64, len: u64) -> io::Result<()> {
         let file = self.tree.file(node, Access::Write)?;
         // As with copies.
-        Ok(without_fsetid(true, || fallocate(&**file, FallocateFlags::from_bits_retain(mode), offset, len))??)
+        let mode = FallocateFlags::from_bits_retain(mode);
+        let attempt = || fallocate(&**file, mode, offset, len);
+        Ok(without_fsetid(true, || self.tree.retry_without_space(attempt))??)
     }
 
     fn statfs(&self, _: &Context, node: u64) -> io::Result<statvfs64> {
@@ -435,6 +433,7 @@ impl FileSystem for Service {
 /// Writes all of a request's data. What the guest writes back of its cache (`delayed`) must be written as a whole, or be an
 /// error: Linux does not look at the count there. Otherwise a count that the disk has cut short is the answer.
 fn write_all(
+    tree: &Tree,
     file: &mut File,
     from: &mut dyn ZeroCopyReader,
     size: usize,
@@ -443,12 +442,16 @@ fn write_all(
 ) -> io::Result<usize> {
     let mut done = 0;
     while done < size {
-        match from.read_to(file, size - done, offset.saturating_add(done as u64)) {
+        let attempt = || {
+            let written = from.read_to(file, size - done, offset.saturating_add(done as u64));
+            written.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        };
+        match tree.retry_without_space(attempt) {
             Ok(0) if delayed => return Err(Errno::IO.into()),
             Ok(0) => break,
             Ok(written) => done += written,
             Err(_) if done > 0 && !delayed => break,
-            Err(error) => return Err(error),
+            Err(errno) => return Err(errno.into()),
         }
     }
     Ok(done)
@@ -456,8 +459,8 @@ fn write_all(
 
 /// Appends a request's data wherever the file ends now: the guest's idea of its end is older than what the host's processes
 /// have written.
-fn append(file: &File, from: &mut dyn ZeroCopyReader, size: usize) -> io::Result<usize> {
+fn append(tree: &Tree, file: &File, from: &mut dyn ZeroCopyReader, size: usize) -> io::Result<usize> {
     let mut data = vec![0; size.min(MAX_DATA)];
     from.read_exact(&mut data)?;
-    Ok(pwritev2(file, &[IoSlice::new(&data)], 0, ReadWriteFlags::APPEND)?)
+    Ok(tree.retry_without_space(|| pwritev2(file, &[IoSlice::new(&data)], 0, ReadWriteFlags::APPEND))?)
 }

@@ -13,9 +13,9 @@
 //!
 //! Files that the host's own processes change as well ([`Sharing::WithHost`]) have no writeback cache: a guest with one
 //! trusts its own idea of a file's size and content. Instead it asks before each read whether the file has changed, and
-//! then drops what it has of it. Names are looked up each time, so a listing has no use for attributes. Of an open for
-//! writing the guest says when it ends, as the host's processes cannot execute such a file. Their locks are the host's
-//! ([`crate::locks`]). They may be mounted with mapped ids (Linux 6.12): the guest translates the owners that it gets and
+//! then drops what it has of it. Names are looked up each time, so a listing has no use for attributes. The guest
+//! says when a file is closed (FLUSH), as the host's processes cannot execute one that is open for writing here. Their
+//! locks are the host's ([`crate::locks`]). They may be mounted with mapped ids (Linux 6.12): the guest translates the owners that it gets and
 //! sends, and a request that creates nothing then has user and group -1. Nothing here asks who it is from.
 
 use fuse_backend_rs::abi::fuse_abi::FsOptions;

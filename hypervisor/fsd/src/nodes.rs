@@ -117,8 +117,6 @@ struct Known {
     node: Arc<Node>,
     /// References that the guest holds.
     lookups: u64,
-    /// How often the guest has it open for writing, as far as it says so.
-    writers: u32,
 }
 
 /// All of them.
@@ -134,7 +132,7 @@ impl Nodes {
     /// Knows only the root.
     pub fn new(root: Node) -> Self {
         let key = root.key;
-        let root = Known { node: Arc::new(Node { id: ROOT, ..root }), lookups: 1, writers: 0 };
+        let root = Known { node: Arc::new(Node { id: ROOT, ..root }), lookups: 1 };
         Self { by_id: HashMap::from([(ROOT, root)]), by_key: HashMap::from([(key, ROOT)]), next: ROOT + 1, removed: 0 }
     }
 
@@ -169,7 +167,7 @@ impl Nodes {
         self.next += 1;
         let node = Arc::new(Node { id, ..node });
         self.by_key.insert(node.key, id);
-        self.by_id.insert(id, Known { node: node.clone(), lookups: 1, writers: 0 });
+        self.by_id.insert(id, Known { node: node.clone(), lookups: 1 });
         node
     }
 
@@ -213,20 +211,6 @@ impl Nodes {
         };
         node.others.push(other);
         replaced
-    }
-
-    /// Notes that the guest has opened a file for writing.
-    pub fn add_writer(&mut self, id: u64) {
-        if let Some(known) = self.by_id.get_mut(&id) {
-            known.writers = known.writers.saturating_add(1);
-        }
-    }
-
-    /// Notes that the guest has closed a file that it had open for writing; true if that was the last time.
-    pub fn remove_writer(&mut self, id: u64) -> bool {
-        let Some(known) = self.by_id.get_mut(&id) else { return false };
-        known.writers = known.writers.saturating_sub(1);
-        known.writers == 0
     }
 
     /// Takes `count` references back; returns the node if it is gone, for the caller to close. The root always stays.

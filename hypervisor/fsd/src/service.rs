@@ -18,7 +18,6 @@ use rustix::{
 use crate::{
     attributes::examine,
     files::{Access, out_of_descriptors, reopen},
-    handshake::Sharing,
     identity::{creating_as, without_fsetid},
     nodes::Node,
     tree::{Tree, component},
@@ -63,7 +62,7 @@ impl Service {
     /// ENFILE if the guest knows too many files, EOPNOTSUPP if the file system cannot, the system calls'.
     pub fn create_unnamed(&self, (uid, gid): (u32, u32), parent: u64, mode: u32, umask: u32) -> Result<Entry, Errno> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        self.create_open(parent, (uid, gid, umask), true, |directory| {
+        self.create_open(parent, (uid, gid, umask), |directory| {
             openat(directory, c".", flags, Mode::from_raw_mode(mode & 0o7777))
         })
     }
@@ -72,18 +71,14 @@ impl Service {
         &self,
         parent: u64,
         (uid, gid, umask): (u32, u32, u32),
-        writes: bool,
-        create: impl FnOnce(&Node) -> Result<OwnedFd, Errno>,
+        create: impl Fn(&Node) -> Result<OwnedFd, Errno>,
     ) -> Result<Entry, Errno> {
         let claim = self.tree.claim()?;
         let directory = self.tree.node(parent)?;
-        let file = creating_as(uid, gid, umask, || create(&directory)).map_err(out_of_descriptors)?;
+        let attempt = || creating_as(uid, gid, umask, || create(&directory));
+        let file = self.tree.retry_without_space(attempt).map_err(out_of_descriptors)?;
         let entry = self.tree.enter_created(&directory, &file, claim)?;
-        // Where the host's processes may want to execute it, it stays open no longer than the guest writes.
-        if writes || self.tree.sharing() == Sharing::Alone {
-            self.tree.keep_created(entry.inode, file);
-            self.tree.add_writer(entry.inode);
-        }
+        self.tree.keep_created(entry.inode, file);
         Ok(entry)
     }
 
@@ -143,12 +138,13 @@ impl Service {
         parent: u64,
         name: &CStr,
         umask: u32,
-        make: impl FnOnce(BorrowedFd) -> Result<(), Errno>,
+        make: impl Fn(BorrowedFd) -> Result<(), Errno>,
     ) -> io::Result<Entry> {
         component(name)?;
         let claim = self.tree.claim()?;
         let directory = self.tree.node(parent)?;
-        creating_as(context.uid, context.gid, umask, || make(directory.as_fd()))?;
+        let attempt = || creating_as(context.uid, context.gid, umask, || make(directory.as_fd()));
+        self.tree.retry_without_space(attempt)?;
         Ok(self.tree.lookup_made(&directory, name, claim)?)
     }
 }

@@ -53,6 +53,8 @@ pub struct Tree {
     devices: Mutex<Vec<(u32, u32)>>,
     /// Held for writing while an overlay's file may get another identity; see [`Tree::change`].
     identities: RwLock<()>,
+    /// Held while files are closed that the guest has forgotten; see [`Tree::retry_without_space`].
+    forgets: RwLock<()>,
     /// Files open for reading and writing, and the budget: all trees'.
     files: Arc<OpenFiles>,
     connection: usize,
@@ -85,6 +87,7 @@ impl Tree {
             // The shared directory's own device is of no volume.
             devices: Mutex::new(vec![key.device]),
             identities: RwLock::new(()),
+            forgets: RwLock::new(()),
             files,
             connection,
             root_mount: key.mount,
@@ -380,13 +383,35 @@ impl Tree {
         if shims || self.sharing == Sharing::WithHost { Duration::ZERO } else { CACHED }
     }
 
+    /// Carries out what needs space on a disk, and once more if there is none after files are gone that other threads are
+    /// closing: a file that the guest has removed takes its space until its FORGET, which has come before this request, is
+    /// carried out.
+    ///
+    /// # Errors
+    /// `attempt`'s.
+    pub fn retry_without_space<T>(&self, mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+        /// In which a thread that has received a FORGET begins with it.
+        const PAUSE: Duration = Duration::from_millis(5);
+        match attempt() {
+            Err(Errno::NOSPC | Errno::DQUOT) => {
+                std::thread::sleep(PAUSE);
+                drop(self.forgets.write().unwrap_or_else(|poisoned| poisoned.into_inner()));
+                attempt()
+            }
+            result => result,
+        }
+    }
+
     /// Takes references back.
     pub fn forget(&self, node: u64, count: u64) {
+        let _forgets = self.forgets.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         let gone = self.nodes().forget(node, count);
         if gone.is_some() {
             self.files.close((self.connection, node));
             self.locks().forget(node);
         }
+        // Before the lock is given back.
+        drop(gone);
     }
 }
 

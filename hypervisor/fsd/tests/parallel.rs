@@ -222,6 +222,30 @@ fn a_restart_among_requests_leaves_nothing_behind() {
     });
 }
 
+/// The space of a file that the guest has removed and forgotten is there for its next request.
+#[test]
+fn space_of_forgotten_files_can_be_used_at_once() {
+    let stage = Stage::new();
+    let target = stage.shared().join("small");
+    fs::create_dir(&target).unwrap();
+    mount("tmpfs", &target, "tmpfs", MountFlags::empty(), c"size=33554432").unwrap();
+    let mut client = Client::with(&stage, &["--threads", "4"]);
+    client.init(u32::MAX);
+    let small = client.walk("small").unwrap().node;
+    let data = vec![7; 1 << 20];
+    with_many(&client, |shared| {
+        for round in 0..20 {
+            let name = format!("file{round}");
+            let node = create(shared, (0, 0), small, &name).unwrap();
+            for n in 0..31 {
+                write(shared, node, n << 20, &data, false).unwrap_or_else(|errno| panic!("{round}, {n}: {errno}"));
+            }
+            shared.ask((0, 0), op::UNLINK, small, &cstr(&name)).unwrap();
+            shared.forget(node, 1);
+        }
+    });
+}
+
 /// A generator of numbers that look random (xorshift64), the same for each run.
 struct Numbers(u64);
 

@@ -36,17 +36,9 @@ impl Tree {
         self.files.put((self.connection, node), file.into(), Access::Write);
     }
 
-    /// Notes that the guest has a file open for writing, and will say when it closes it.
-    pub fn add_writer(&self, node: u64) {
-        self.nodes().add_writer(node);
-    }
-
-    /// Notes that it has closed it.
-    pub fn remove_writer(&self, node: u64) {
-        let last = self.nodes().remove_writer(node);
-        if last {
-            self.files.close_for_writing((self.connection, node));
-        }
+    /// Closes a file that is open for more than reading; the next request that needs it opens it again.
+    pub fn close_for_writing(&self, node: u64) {
+        self.files.close_for_writing((self.connection, node));
     }
 
     /// Lends a directory or file of each mount that the guest knows directories or files on, open: what syncfs(2) needs. What
