@@ -194,13 +194,26 @@ async fn pids_name_the_exec_that_a_process_is() {
 }
 
 #[tokio::test]
+async fn an_exec_runs_in_a_created_container_before_its_program() {
+    let pod = Pod::start().await;
+    pod.create("c", &spec(&["sh", "-c", "cat /made; exec sleep 1000"]), None).await.unwrap();
+    assert_eq!(pod.run_exec("c", "e", &exec_shell("echo made > /made; exit 4")).await.status, 4);
+    assert!(pod.rootfs().join("made").exists());
+    pod.start_process("c", "").await.unwrap();
+    assert_eq!(pod.run_exec("c", "f", &exec_shell("exit 5")).await.status, 5);
+    pod.kill("c", "", libc::SIGKILL, true).await.unwrap();
+    pod.wait("c", "").await.unwrap();
+    pod.delete("c", "").await.unwrap();
+    pod.assert_empty();
+}
+
+#[tokio::test]
 async fn each_call_is_refused_in_the_wrong_state() {
     let pod = Pod::start().await;
     assert_eq!(status(pod.start_process("c", "").await).0, Code::NOT_FOUND);
     assert_eq!(status(pod.create("../x", &spec(&["true"]), None).await).0, Code::INVALID_ARGUMENT);
     pod.create("c", &spec(&["sleep", "1000"]), None).await.unwrap();
     assert_eq!(status(pod.create("c", &spec(&["true"]), None).await).0, Code::ALREADY_EXISTS);
-    assert_eq!(status(pod.exec("c", "e", &exec_shell("true"), None).await).0, Code::FAILED_PRECONDITION);
     pod.start_process("c", "").await.unwrap();
     assert_eq!(status(pod.start_process("c", "").await).0, Code::FAILED_PRECONDITION);
     assert_eq!(status(pod.delete("c", "").await).0, Code::FAILED_PRECONDITION);

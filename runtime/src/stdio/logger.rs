@@ -95,7 +95,7 @@ async fn start_within(
     // A new process is in the mount namespace of the thread that made it.
     let spawned = host.run(move || spawn(command, [stdout, stderr, say_ready])).await;
     let child = spawned.and_then(|child| child).map_err(failed)?;
-    let logger = Logger { child, program: program.clone() };
+    let mut logger = Logger { child, program: program.clone() };
 
     let mut ready = Receiver::from_owned_fd(ready).map_err(failed)?;
     let mut byte = [0];
@@ -103,6 +103,7 @@ async fn start_within(
         Ok(read) => read.map_err(failed)?,
         Err(_) => {
             logger.child.kill();
+            let _ = logger.child.wait().await;
             return Err(LoggerError::NotReady { program, limit });
         }
     };
