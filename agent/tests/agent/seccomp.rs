@@ -55,6 +55,24 @@ async fn the_profile_of_containerd_loads_and_holds() {
     pod.assert_empty();
 }
 
+/// The filter has to be loaded before the exec gives up its rights, and it enters the pid namespace, by a clone, after that.
+#[tokio::test]
+async fn an_exec_without_no_new_privileges_needs_clone() {
+    let pod = Pod::start().await;
+    let names = ["clone", "clone3", "fork", "vfork"];
+    let profile = allow_but(json!([{"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]));
+    pod.create("c", &with_profile(spec(&["sleep", "1000"]), profile), None).await.unwrap();
+    pod.start_process("c", "").await.unwrap();
+    let mut process = exec_shell("exit 3");
+    process["noNewPrivileges"] = json!(true);
+    assert_eq!(pod.run_exec("c", "e", &process).await.status, 3);
+    process["noNewPrivileges"] = json!(false);
+    pod.exec("c", "f", &process, None).await.unwrap();
+    let (code, message) = status(pod.start_process("c", "f").await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    assert!(message.contains("linux.seccomp must allow clone"), "{message}");
+}
+
 #[tokio::test]
 async fn an_exec_has_its_containers_filter() {
     let pod = Pod::start().await;
