@@ -3,7 +3,11 @@
 use std::io;
 
 use caisson_protos::kvm::missing;
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_BUS_LOCK_DETECTION_EXIT, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_BUS_LOCK_EXIT,
+    KVM_CAP_X86_NOTIFY_VMEXIT, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE,
+    KVM_X86_NOTIFY_VMEXIT_ENABLED, KVM_X86_NOTIFY_VMEXIT_USER, kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -97,6 +101,10 @@ pub fn create_machine(kvm: &Kvm, memory: &GuestMemory, vcpus: u8) -> Result<VmFd
             vm => break vm.map_err(call("KVM_CREATE_VM"))?,
         }
     };
+    for (cap, flags) in restrictions(|cap| kvm.check_extension_raw(cap.into())) {
+        let cap = kvm_enable_cap { cap, args: [flags, 0, 0, 0], ..Default::default() };
+        vm.enable_cap(&cap).map_err(call("KVM_ENABLE_CAP"))?;
+    }
     vm.set_tss_address(KVM_TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
     for (slot, region) in (0u32..).zip(memory.iter()) {
         let host = region
@@ -117,6 +125,27 @@ pub fn create_machine(kvm: &Kvm, memory: &GuestMemory, vcpus: u8) -> Result<VmFd
     // its ticks from the local APIC.
     vm.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
     Ok(vm)
+}
+
+/// What a guest must not do, of what this host's KVM can forbid; `check` is KVM_CHECK_EXTENSION. To be enabled before
+/// the first vCPU exists.
+fn restrictions(check: impl Fn(u32) -> i32) -> Vec<(u32, u64)> {
+    let has = |cap, flag: u32| u32::try_from(check(cap)).is_ok_and(|flags| flags & flag != 0);
+    let mut enable = Vec::new();
+    // No performance counters, also where no CPUID bit stands for them.
+    if has(KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE) {
+        enable.push((KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE.into()));
+    }
+    // A guest that keeps the processor from taking interrupts comes out, and so can be paused; the window of 0 is what the processor
+    // adds to its own threshold.
+    if check(KVM_CAP_X86_NOTIFY_VMEXIT) > 0 {
+        enable.push((KVM_CAP_X86_NOTIFY_VMEXIT, (KVM_X86_NOTIFY_VMEXIT_ENABLED | KVM_X86_NOTIFY_VMEXIT_USER).into()));
+    }
+    // One that locks the bus comes out, and is slowed down.
+    if has(KVM_CAP_X86_BUS_LOCK_EXIT, KVM_BUS_LOCK_DETECTION_EXIT) {
+        enable.push((KVM_CAP_X86_BUS_LOCK_EXIT, KVM_BUS_LOCK_DETECTION_EXIT.into()));
+    }
+    enable
 }
 
 /// Lets the guest read its devices' registers from their pages; writes still come out. `slot` is the first free memory
@@ -168,5 +197,20 @@ mod tests {
         ];
         assert_eq!(NEEDED.map(|needed| (needed.name, needed.number)), numbers);
         assert_eq!(API_VERSION, KVM_API_VERSION as i32);
+    }
+
+    #[test]
+    fn what_the_host_can_forbid_is_forbidden() {
+        assert_eq!(restrictions(|_| 0), []);
+        assert_eq!(restrictions(|_| -1), []);
+        let newest = |cap| match cap {
+            KVM_CAP_PMU_CAPABILITY | KVM_CAP_X86_NOTIFY_VMEXIT => 1,
+            // Off and exit.
+            KVM_CAP_X86_BUS_LOCK_EXIT => 3,
+            _ => 0,
+        };
+        assert_eq!(restrictions(newest), [(212, 1), (219, 3), (193, 2)]);
+        // A processor that cannot find bus locks.
+        assert_eq!(restrictions(|cap| i32::from(cap == KVM_CAP_X86_BUS_LOCK_EXIT)), []);
     }
 }

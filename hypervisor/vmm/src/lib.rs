@@ -11,8 +11,9 @@
 //!                       end ◄────── whoever meets it ┘
 //! ```
 //!
-//! There is one thread besides the vCPUs: it serves the control socket and all devices. So a command never meets a device
-//! in the middle of a request, which is what pausing needs, and an idle machine costs no further thread.
+//! One thread besides the vCPUs serves the control socket and all devices. So a command never meets a device in the middle
+//! of what it does to guest memory, which is what pausing needs. It never blocks: each disk has a thread of its own for the system
+//! calls on its file, which sees neither guest memory nor queues.
 
 pub mod boot;
 pub mod bus;

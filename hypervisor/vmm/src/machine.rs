@@ -5,10 +5,11 @@
 
 mod devices;
 
-use std::{io, sync::Arc};
+use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use caisson_protos::monitor::{MachineConfig, MachineStats};
 use kvm_ioctls::{Kvm, VmFd};
+use rustix::fs::{OFlags, fcntl_getfl};
 use slog::Logger;
 use vm_memory::GuestMemoryBackend;
 
@@ -66,6 +67,9 @@ pub enum MachineError {
     /// The guest's context id.
     #[error("guest context id {0}: use 3 to 4294967294")]
     GuestCid(u64),
+    /// A console that a vCPU would wait for.
+    #[error("console: the descriptor may block: set O_NONBLOCK on it")]
+    BlockingConsole,
     /// A descriptor.
     #[error(transparent)]
     Descriptor(#[from] DescriptorError),
@@ -136,7 +140,9 @@ impl Machine {
         let console = match &config.console {
             Some(console) => {
                 command_line.add_console(console.early);
-                Some(Output::new(fds.output(console.output, "console")?))
+                let output = fds.output(console.output, "console")?;
+                check_nonblocking(&output)?;
+                Some(Output::new(output))
             }
             None => None,
         };
@@ -205,6 +211,11 @@ impl Machine {
         self.gate.open();
     }
 
+    /// Whether a device holds bytes of the guest for somebody who is slow to read them.
+    pub fn has_undelivered(&self) -> bool {
+        self.bus.devices.iter().any(|device| device.has_undelivered())
+    }
+
     /// What happened so far.
     pub fn stats(&self) -> MachineStats {
         let mut stats = MachineStats {
@@ -224,4 +235,10 @@ impl Machine {
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::System { what, source }
+}
+
+/// A vCPU writes to it, while it holds the serial port.
+fn check_nonblocking(output: &OwnedFd) -> Result<(), MachineError> {
+    let flags = fcntl_getfl(output).map_err(|error| system("console")(error.into()))?;
+    if flags.contains(OFlags::NONBLOCK) { Ok(()) } else { Err(MachineError::BlockingConsole) }
 }

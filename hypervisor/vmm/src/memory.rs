@@ -95,6 +95,7 @@ pub fn create(size: u64, backing: Option<Backing>) -> Result<GuestMemory, Memory
             builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), offset));
         }
         let region: MmapRegion = builder.build().map_err(|e| map(io::Error::other(e)))?;
+        keep_out_of_dumps(&region).map_err(map)?;
         let region = GuestRegionMmap::new(region, start).ok_or(MemoryError::Range { address: start.0, len })?;
         regions.push(region);
     }
@@ -139,7 +140,19 @@ pub fn map_file(
     let mapped = unsafe {
         libc::mmap64(host.cast(), len as usize, libc::PROT_READ | libc::PROT_WRITE, flags, file.as_raw_fd(), offset)
     };
-    if mapped == libc::MAP_FAILED { Err(MemoryError::Map { len, source: io::Error::last_os_error() }) } else { Ok(()) }
+    if mapped == libc::MAP_FAILED {
+        return Err(MemoryError::Map { len, source: io::Error::last_os_error() });
+    }
+    // SAFETY: the range that was mapped just now; the advice changes no byte of it.
+    let advised = unsafe { libc::madvise(mapped, len as usize, libc::MADV_DONTDUMP) };
+    if advised == 0 { Ok(()) } else { Err(MemoryError::Map { len, source: io::Error::last_os_error() }) }
+}
+
+/// A core file of the monitor holds nothing of the guest's.
+fn keep_out_of_dumps(region: &MmapRegion) -> io::Result<()> {
+    // SAFETY: the region's own mapping; the advice changes no byte of it.
+    let advised = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_DONTDUMP) };
+    if advised == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
@@ -197,6 +210,28 @@ mod tests {
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_0000 + 4098)).unwrap(), 7);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_0000 + 4099)).unwrap(), 0);
         memory.write_obj(1u8, GuestAddress(0x10_0000)).unwrap();
+    }
+
+    #[test]
+    fn no_byte_of_the_guest_is_in_a_core_file() {
+        let memory = create(MIN_SIZE, None).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 8192]).unwrap();
+        map_file(&memory, GuestAddress(0x10_0000), 8192, file.as_fd(), 0).unwrap();
+        let start = memory.get_host_address(GuestAddress(0)).unwrap() as u64;
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut inside, mut found) = (false, 0);
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            if let Some((from, _)) = range {
+                let from = u64::from_str_radix(from, 16).unwrap();
+                inside = (start..start + MIN_SIZE).contains(&from);
+            } else if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| inside) {
+                found += 1;
+                assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
+            }
+        }
+        assert!(found >= 3, "before the file, the file, after it: {found}");
     }
 
     #[test]

@@ -16,10 +16,11 @@ use std::{
     os::fd::{AsFd, AsRawFd, RawFd},
     rc::Rc,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use caisson_protos::monitor::{Command, Event, ExitNotice, ExitReason, Reply, Request};
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use kvm_ioctls::Kvm;
 use rustix::{
     event::{PollFd, PollFlags, poll},
@@ -38,6 +39,10 @@ use crate::{
 
 /// Events fetched from the kernel at a time.
 const BATCH: usize = 32;
+/// Turns of the loop after the guest has ended its machine in order, for what it had queued before.
+const LAST_TURNS: usize = 8;
+/// How long the readers of the guest's output may then take.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// What ends a monitor without a machine's end.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +69,8 @@ enum Refused {
     Kvm(Arc<KvmError>),
     #[error(transparent)]
     Machine(#[from] MachineError),
+    #[error("cannot watch the descriptors of device {0:?}: {1}: raise fs.epoll.max_user_watches")]
+    Watch(&'static str, event_manager::Error),
 }
 
 /// One monitor.
@@ -74,6 +81,8 @@ pub struct Monitor {
     end: Arc<End>,
     events: EventManager<Subscriber>,
     control_ready: Rc<Cell<bool>>,
+    /// Of the end's event, which stays readable.
+    end_watch: SubscriberId,
     machine: Option<Machine>,
     paused: bool,
 }
@@ -87,15 +96,11 @@ impl Monitor {
         let end = Arc::new(End::new()?);
         let control_ready = Rc::new(Cell::new(false));
         let mut events = EventManager::new_with_capacity(BATCH)?;
-        for (fd, flag) in [
-            (control.as_fd().as_raw_fd(), control_ready.clone()),
-            // Its readiness ends the wait, and that is all.
-            (end.event().as_raw_fd(), Rc::default()),
-        ] {
-            events.add_subscriber(Subscriber::Flag { fd, flag });
-        }
+        watch(&mut events, Subscriber::flag(control.as_fd().as_raw_fd(), control_ready.clone()))?;
+        // Its readiness ends the wait, and that is all.
+        let end_watch = watch(&mut events, Subscriber::flag(end.event().as_raw_fd(), Rc::default()))?;
         let kvm = kvm.map_err(Arc::new);
-        Ok(Self { control, kvm, log, end, events, control_ready, machine: None, paused: false })
+        Ok(Self { control, kvm, log, end, events, control_ready, end_watch, machine: None, paused: false })
     }
 
     /// Serves until the machine has ended, tells the parent, and gives the notice. The machine stays in memory, since
@@ -126,8 +131,12 @@ impl Monitor {
 
     fn serve(&mut self) -> Result<(), MonitorError> {
         loop {
-            if self.end.notice().is_some() {
-                return Ok(());
+            if let Some(notice) = self.end.notice() {
+                return if matches!(notice.reason, ExitReason::PoweredOff | ExitReason::Reset) {
+                    self.drain()
+                } else {
+                    Ok(())
+                };
             }
             if self.paused {
                 self.wait_paused()?;
@@ -138,6 +147,28 @@ impl Monitor {
                 self.command()?;
             }
         }
+    }
+
+    /// The guest has ended its machine in order. What it had queued before is served, and what it wrote into its streams
+    /// reaches their readers, who may take a while; a command of the parent ends that.
+    fn drain(&mut self) -> Result<(), MonitorError> {
+        self.events.remove_subscriber(self.end_watch)?;
+        for _ in 0..LAST_TURNS {
+            if self.events.run_with_timeout(0)? == 0 {
+                break;
+            }
+        }
+        let deadline = Instant::now() + DRAIN;
+        while self.machine.as_ref().is_some_and(Machine::has_undelivered) && !self.control_ready.get() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                slog::warn!(self.log, "the guest's last output was not read in time"; "seconds" => DRAIN.as_secs());
+                break;
+            }
+            // Well below i32::MAX; at least one, so that it waits.
+            self.events.run_with_timeout(left.as_millis().max(1) as i32)?;
+        }
+        Ok(())
     }
 
     /// Waits for a command or the end, and for nothing else.
@@ -183,9 +214,7 @@ impl Monitor {
             }
             let kvm = self.kvm.as_ref().map_err(|error| Refused::Kvm(error.clone()))?;
             let machine = Machine::build(kvm, &config, descriptors, &self.log)?;
-            for device in &machine.bus().devices {
-                self.events.add_subscriber(Subscriber::Device(DeviceEvents::new(device.clone())));
-            }
+            self.watch_devices(&machine)?;
             slog::info!(self.log, "machine configured"; "vcpus" => config.vcpus, "memory_mib" => config.memory.size >> 20,
                 "devices" => machine.bus().devices.len());
             self.machine = Some(machine);
@@ -201,7 +230,13 @@ impl Monitor {
         };
         match request {
             Request::Start if machine.is_started() => return Err(Refused::State("started already", "start it once")),
-            Request::Start => machine.start(&self.end)?,
+            Request::Start => {
+                if let Err(error) = machine.start(&self.end) {
+                    // Some of its vCPUs may run, and it is of no use.
+                    self.end.declare(ExitReason::MonitorError, error.to_string());
+                    return Err(error.into());
+                }
+            }
             Request::Stats => return Ok(Reply::Stats(machine.stats())),
             Request::Pause | Request::Resume if !machine.is_started() => {
                 return Err(Refused::State("not started", "send Start first"));
@@ -223,14 +258,61 @@ impl Monitor {
     }
 }
 
+impl Monitor {
+    /// Puts all devices of a machine on the event loop, or none.
+    fn watch_devices(&mut self, machine: &Machine) -> Result<(), Refused> {
+        let mut watched = Vec::new();
+        for device in &machine.bus().devices {
+            match watch(&mut self.events, Subscriber::Device(DeviceEvents::new(device.clone()))) {
+                Ok(id) => watched.push(id),
+                Err(error) => {
+                    for id in watched {
+                        // Each was added.
+                        let _ = self.events.remove_subscriber(id);
+                    }
+                    return Err(Refused::Watch(device.name(), error));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts something on the event loop, for which all of its descriptors must be watched.
+fn watch(events: &mut EventManager<Subscriber>, subscriber: Subscriber) -> Result<SubscriberId, event_manager::Error> {
+    let id = events.add_subscriber(subscriber);
+    match events.subscriber_mut(id)?.take_failure() {
+        None => Ok(id),
+        Some(error) => {
+            events.remove_subscriber(id)?;
+            Err(error)
+        }
+    }
+}
+
 /// What the event loop calls.
 enum Subscriber {
     /// Remembers that a descriptor is ready; the main loop does the rest, because it owns what that needs.
     Flag {
         fd: RawFd,
         flag: Rc<Cell<bool>>,
+        failure: Option<event_manager::Error>,
     },
     Device(DeviceEvents),
+}
+
+impl Subscriber {
+    fn flag(fd: RawFd, flag: Rc<Cell<bool>>) -> Self {
+        Self::Flag { fd, flag, failure: None }
+    }
+
+    /// Why it is not watched, if so.
+    fn take_failure(&mut self) -> Option<event_manager::Error> {
+        match self {
+            Self::Flag { failure, .. } => failure.take(),
+            Self::Device(device) => device.take_failure(),
+        }
+    }
 }
 
 impl MutEventSubscriber for Subscriber {
@@ -243,11 +325,24 @@ impl MutEventSubscriber for Subscriber {
 
     fn init(&mut self, ops: &mut EventOps) {
         match self {
-            Self::Flag { fd, .. } => {
-                // A new epoll and an open descriptor: fails only without memory, and then the first wait does too.
-                let _ = ops.add(Events::new_raw(*fd, EventSet::IN));
-            }
+            Self::Flag { fd, failure, .. } => *failure = ops.add(Events::new_raw(*fd, EventSet::IN)).err(),
             Self::Device(device) => device.init(ops),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_watched_is_not_on_the_loop() {
+        let event = rustix::event::eventfd(1, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+        let mut events = EventManager::<Subscriber>::new().unwrap();
+        let (first, second) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(false)));
+        watch(&mut events, Subscriber::flag(event.as_raw_fd(), first.clone())).unwrap();
+        assert!(watch(&mut events, Subscriber::flag(-1, second.clone())).is_err());
+        assert_eq!(events.run_with_timeout(0).unwrap(), 1);
+        assert!(first.get() && !second.get());
     }
 }

@@ -1,8 +1,9 @@
 //! Writes that never wait: for the log and for the guest's console, whose readers may be slow or gone. What does not go
 //! out at once is dropped and counted.
 //!
-//! The descriptor may be shared with other processes (a terminal, a log file), so it keeps its own mode; instead, each write is preceded by
-//! the question whether there is room, and is small enough for the room that a pipe or socket then has.
+//! A console must be non-blocking (crate::machine checks that). The log may go to a descriptor that is shared with other
+//! processes (a terminal, a file), so that keeps its own mode; instead, each write is preceded by the question whether there
+//! is room, and is small enough for the room that a pipe or socket of one writer then has.
 
 use std::{
     io::{self, Write},

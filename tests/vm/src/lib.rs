@@ -12,6 +12,7 @@
 
 pub mod environment;
 pub mod guests;
+pub mod hung;
 pub mod kernel;
 pub mod linux;
 pub mod monitor;

@@ -33,6 +33,7 @@ pub fn machine(kernel: OwnedFd) -> Machine {
 /// Gives the machine a console, and the end to read it from.
 pub fn with_console(machine: &mut Machine) -> PipeReader {
     let (reader, writer) = std::io::pipe().expect("a pipe");
+    rustix::io::ioctl_fionbio(&writer, true).expect("a pipe can be non-blocking");
     machine.console = Some(Console { output: writer.into(), early: false });
     reader
 }

@@ -8,9 +8,12 @@ use std::{
     },
 };
 
+use caisson_protos::monitor::{Event, ExitReason, Request};
 use caisson_vm_tests::{
+    hung::{self, Hung},
     kernel,
     linux::{Guest, fact, scenario},
+    monitor::read_until,
 };
 use caisson_vmm_client::Disk;
 
@@ -64,4 +67,34 @@ fn eight_disks_keep_their_order() {
         assert_eq!(bytes(file, 4096, 4096), vec![n as u8 + 100; 4096]);
         assert_eq!(bytes(file, 8192, 4096), vec![n as u8; 4096]);
     }
+}
+
+#[test]
+fn a_disk_that_hangs_stops_nothing_else() {
+    let storage = Hung::mount();
+    let sound = kernel::file(&[0; 64 << 10]);
+    let (mut machine, console) = scenario("hung-disk");
+    machine.command_line += &format!(" caisson.hangs-from={}", hung::HANGS_FROM);
+    machine.disks = vec![disk("hung", &storage.open(), true), disk("sound", &sound, false)];
+    let mut guest = Guest::start((machine, console));
+    storage.wait_for_reader();
+    // The guest goes on only when the monitor says that it serves it, although the read hangs.
+    let said = read_until(&mut guest.console, "the other devices", |text| {
+        text.contains("guest: the others work\r\n") || text.contains("guest: failed") && text.ends_with('\n')
+    });
+    assert!(!said.contains("guest: failed"), "{said}");
+    assert_eq!(bytes(&sound, 4096, 4096), [0xdd; 4096]);
+    let monitor = &mut guest.monitor;
+    monitor.call(Request::Pause).expect("a pause does not wait for the disk");
+    let before = monitor.stats();
+    assert_eq!(monitor.stats(), before);
+    monitor.call(Request::Resume).unwrap();
+    monitor.call(Request::Shutdown).unwrap();
+    match monitor.event() {
+        Some(Event::Exited(notice)) => assert_eq!(notice.reason, ExitReason::Requested),
+        other => panic!("expected the exit notice, got {other:?}"),
+    }
+    // The kernel keeps a process whose system call it cannot interrupt.
+    drop(storage);
+    assert_eq!(monitor.exit_status().code(), Some(ExitReason::Requested as i32));
 }

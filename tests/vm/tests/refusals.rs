@@ -89,6 +89,8 @@ fn an_initramfs_that_does_not_fit() {
 fn command_lines_that_linux_would_misread() {
     refused(with(|m| m.command_line = "a\nb".into()), &["0x0a", "printable ASCII"]);
     refused(with(|m| m.command_line = "x".repeat(2047)), &["2047", "shorten"]);
+    refused(with(|m| m.command_line = "quiet -- nosmp".into()), &["\"--\"", "init"]);
+    refused(with(|m| m.command_line = "a=\"b".into()), &["double quotes"]);
 }
 
 #[test]
@@ -98,6 +100,9 @@ fn descriptors_that_are_something_else() {
     refused(with(|m| m.initramfs = Some(null())), &["initramfs", "regular file"]);
     refused(with(|m| m.memory.file = Some(null())), &["guest memory", "regular file"]);
     refused(with(|m| m.console = Some(Console { output: null(), early: false })), &["console", "open for writing"]);
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let blocking = Console { output: writer.into(), early: false };
+    refused(with(|m| m.console = Some(blocking)), &["console", "O_NONBLOCK"]);
     let disk = |file| Disk { serial: String::new(), file, read_only: false };
     refused(with(|m| m.disks = vec![disk(null())]), &["disk 0", "regular file or block device"]);
     let (stream, _other) = UnixStream::pair().unwrap();

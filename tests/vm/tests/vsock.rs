@@ -16,7 +16,9 @@ use caisson_vmm_client::{GuestStreams, Vsock, packet};
 
 const GUEST_ECHO_PORT: u32 = 5000;
 const HOST_ECHO_PORT: u32 = 6000;
-/// As in the guest's scenario.
+/// As in the guest's scenarios.
+const HOST_SINK_PORT: u32 = 6002;
+const WINDOW: usize = 256 << 10;
 const STREAMS: usize = 200;
 const LARGE: usize = 4 << 20;
 
@@ -119,4 +121,29 @@ fn hundreds_of_streams_both_ways() {
     let (notice, log) = guest.monitor.exit_notice_and_log();
     assert_eq!(notice.reason, ExitReason::PoweredOff);
     assert!(log.contains("guest_faults=0"), "{log}");
+}
+
+#[test]
+fn what_the_guest_wrote_before_it_powered_off_is_not_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(folder.path().join("vsock")).unwrap();
+    let (ours, theirs) = packet::pair().unwrap();
+    let (mut machine, console) = scenario("last-words");
+    machine.vsock = Some(Vsock { guest_cid: 3, listener: listener.into(), guest_streams: theirs });
+    let mut guest = Guest::start((machine, console));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (announced, mut stream) = runtime.block_on(async {
+        let streams = GuestStreams::new(ours).unwrap();
+        tokio::time::timeout(LIMIT, streams.next()).await.unwrap().unwrap().expect("a stream of the guest")
+    });
+    assert_eq!(announced.host_port, HOST_SINK_PORT);
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    // Only now, when the guest says nothing more, somebody reads: a socket holds less than what it has written.
+    let said = guest.verdict();
+    assert!(said.contains("guest: passed"), "{said}");
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), WINDOW);
+    assert_eq!(guest.monitor.exit_reason(), ExitReason::PoweredOff);
 }

@@ -43,7 +43,7 @@ pub fn build(
         devices.push(Box::new(device.map_err(|source| MachineError::System { what: "vsock", source })?));
     }
     for (index, disk) in config.disks.iter().enumerate() {
-        devices.push(Box::new(block(index, disk, fds)?));
+        devices.push(Box::new(block(index, disk, fds, log)?));
     }
     for share in &config.shares {
         let what = format!("file server of share {:?}", share.tag);
@@ -54,14 +54,17 @@ pub fn build(
     Ok(devices)
 }
 
-fn block(index: usize, config: &DiskConfig, fds: &mut Descriptors) -> Result<Block, MachineError> {
+fn block(index: usize, config: &DiskConfig, fds: &mut Descriptors, log: &Logger) -> Result<Block, MachineError> {
     let serial = config.serial.as_str();
     if serial.len() > MAX_SERIAL || !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
         return Err(MachineError::Serial(serial.to_owned()));
     }
     let access = if config.read_only { Access::Read } else { Access::ReadWrite };
-    let (file, size) = fds.disk(config.file, &format!("disk {index}"), access)?;
-    Ok(Block::new(file, size, serial, config.read_only))
+    let what = format!("disk {index}");
+    let (file, size) = fds.disk(config.file, &what, access)?;
+    let log = log.new(slog::o!("disk" => index));
+    Block::new(file, size, serial, config.read_only, log)
+        .map_err(|source| MachineError::Device { what, source: source.into() })
 }
 
 fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {

@@ -6,6 +6,8 @@ use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 /// Leaf 1, ECX.
 mod leaf1_ecx {
     pub const VMX: u32 = 1 << 5;
+    /// The MSR that says what the performance counters can do.
+    pub const PDCM: u32 = 1 << 15;
     pub const TSC_DEADLINE: u32 = 1 << 24;
     pub const HYPERVISOR: u32 = 1 << 31;
 }
@@ -13,11 +15,15 @@ mod leaf1_ecx {
 const INVARIANT_TSC: u32 = 1 << 8;
 /// Leaf 1, EDX: more than one logical processor.
 const HTT: u32 = 1 << 28;
-/// Leaf 0x80000001, ECX: nested virtualization; the legacy multi-core bit; leaves 0x8000001d and 0x8000001e.
+/// Leaf 0x80000001, ECX: nested virtualization, the legacy multi-core bit, performance counters.
 mod leaf_ext1_ecx {
     pub const CMP_LEGACY: u32 = 1 << 1;
     pub const SVM: u32 = 1 << 2;
+    /// Of cores, of the north bridge, of the last-level cache.
+    pub const COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 }
+/// Leaf 0, EBX, EDX and ECX: the vendors whose processors number their cores in the extended leaves.
+const AMD: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
 
 /// What differs from one vCPU to another and from one machine to another.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +55,7 @@ pub struct Clocks {
 pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, clocks: Clocks) -> Vec<kvm_cpuid_entry2> {
     let max_leaf = supported.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
     let (id, count) = (u32::from(topology.id), u32::from(topology.count));
+    let amd = supported.iter().any(|entry| entry.function == 0 && AMD.iter().any(|vendor| **vendor == name(entry)));
     let mut entries: Vec<_> = supported
         .iter()
         // Topology leaves are made below; Linux falls back from 0x1f to 0xb.
@@ -58,7 +65,7 @@ pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, clocks: Clock
             match entry.function {
                 0x1 => {
                     entry.ebx = entry.ebx & 0x0000_ffff | count << 16 | id << 24;
-                    entry.ecx &= !leaf1_ecx::VMX;
+                    entry.ecx &= !(leaf1_ecx::VMX | leaf1_ecx::PDCM);
                     entry.ecx |= leaf1_ecx::HYPERVISOR;
                     if clocks.tsc_deadline {
                         entry.ecx |= leaf1_ecx::TSC_DEADLINE;
@@ -70,14 +77,16 @@ pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, clocks: Clock
                     let shared = if entry.eax >> 5 & 7 >= 3 { cores_field(topology) } else { 0 };
                     entry.eax = entry.eax & 0x3fff | shared << 14 | cores_field(topology) << 26;
                 }
-                // No performance counters: they would tell of the neighbours, and cost exits.
-                0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+                // No performance counters, Intel's and AMD's: they would tell of the neighbours, and cost exits. KVM was
+                // told so as well (crate::kvm), where it can be; AMD's first four counters have no bit here.
+                0xa | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
                 0x8000_0001 => {
-                    entry.ecx &= !leaf_ext1_ecx::SVM;
-                    set(&mut entry.ecx, leaf_ext1_ecx::CMP_LEGACY, count > 1);
+                    entry.ecx &= !(leaf_ext1_ecx::SVM | leaf_ext1_ecx::COUNTERS);
+                    // Reserved on Intel, where Linux would take it for one that has no siblings.
+                    set(&mut entry.ecx, leaf_ext1_ecx::CMP_LEGACY, amd && count > 1);
                 }
                 0x8000_0007 if !clocks.invariant_tsc => entry.edx &= !INVARIANT_TSC,
-                0x8000_0008 => entry.ecx = topology.core_bits() << 12 | (count - 1),
+                0x8000_0008 => entry.ecx = if amd { topology.core_bits() << 12 | (count - 1) } else { 0 },
                 // Nested virtualization again: revision and features.
                 0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
                 // AMD's caches: the last one is shared by all cores.
@@ -108,6 +117,14 @@ pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, clocks: Clock
     entries
 }
 
+/// The vendor's name in leaf 0.
+fn name(entry: &kvm_cpuid_entry2) -> [u8; 12] {
+    let mut name = [0; 12];
+    let bytes = [entry.ebx, entry.edx, entry.ecx].into_iter().flat_map(u32::to_le_bytes);
+    name.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    name
+}
+
 /// Leaf 4 counts cores in the size of the id space, less one.
 fn cores_field(topology: Topology) -> u32 {
     (1 << topology.core_bits()) - 1
@@ -124,15 +141,22 @@ mod tests {
     const CLOCKS: Clocks = Clocks { tsc_deadline: true, invariant_tsc: true };
 
     fn supported() -> Vec<kvm_cpuid_entry2> {
+        supported_by(b"AuthenticAMD")
+    }
+
+    fn supported_by(vendor: &[u8; 12]) -> Vec<kvm_cpuid_entry2> {
         let entry = |function, eax, ecx| kvm_cpuid_entry2 { function, eax, ecx, ..Default::default() };
+        let word = |at: usize| u32::from_le_bytes(vendor[at..at + 4].try_into().unwrap());
         vec![
-            entry(0, 0xd, 0),
-            entry(1, 0, 1 << 5 | 1 << 21),
+            kvm_cpuid_entry2 { ebx: word(0), edx: word(4), ..entry(0, 0xd, word(8)) },
+            entry(1, 0, 1 << 5 | 1 << 15 | 1 << 21),
+            entry(0xa, 0x0730_0402, 0),
             entry(0xb, 0, 0),
             entry(0x4000_0000, 0x4000_0001, 0),
-            entry(0x8000_0001, 0, 1 << 2),
+            entry(0x8000_0001, 0, 1 << 2 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 28),
             kvm_cpuid_entry2 { edx: 1 << 8, ..entry(0x8000_0007, 0, 0) },
             entry(0x8000_0008, 0, 0),
+            entry(0x8000_0022, 1, 0),
         ]
     }
 
@@ -151,6 +175,28 @@ mod tests {
             // Five cores take three bits.
             assert_eq!(find(&entries, 0xb, 1).eax, 3);
             assert_eq!(find(&entries, 0x8000_0008, 0).ecx, 3 << 12 | 4);
+        }
+    }
+
+    #[test]
+    fn there_are_no_performance_counters() {
+        for vendor in [b"AuthenticAMD", b"GenuineIntel"] {
+            let entries = entries(&supported_by(vendor), Topology { id: 0, count: 2 }, CLOCKS);
+            assert_eq!(find(&entries, 1, 0).ecx & 1 << 15, 0);
+            assert_eq!(find(&entries, 0xa, 0).eax, 0);
+            assert_eq!(find(&entries, 0x8000_0001, 0).ecx & !2, 1 << 22);
+            assert_eq!(find(&entries, 0x8000_0022, 0).eax, 0);
+        }
+    }
+
+    #[test]
+    fn only_amd_numbers_cores_in_extended_leaves() {
+        for (vendor, legacy, cores) in
+            [(b"AuthenticAMD", 2, 2 << 12 | 2), (b"HygonGenuine", 2, 2 << 12 | 2), (b"GenuineIntel", 0, 0)]
+        {
+            let entries = entries(&supported_by(vendor), Topology { id: 0, count: 3 }, CLOCKS);
+            assert_eq!(find(&entries, 0x8000_0001, 0).ecx & 2, legacy);
+            assert_eq!(find(&entries, 0x8000_0008, 0).ecx, cores);
         }
     }
 

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
-    KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+    KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, KVM_NOTIFY_CONTEXT_INVALID,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -19,6 +19,13 @@ pub fn describe_unexpected(exit: Result<VcpuExit, kvm_ioctls::Error>) -> String 
         Ok(other) => format!("unexpected exit {other:?}"),
         Err(error) => format!("KVM_RUN failed: {error}"),
     }
+}
+
+/// After KVM_EXIT_NOTIFY: whether the vCPU cannot go on.
+pub fn context_is_lost(fd: &mut VcpuFd) -> bool {
+    // SAFETY: the caller saw that exit, so this is the member in use; all bit patterns are numbers.
+    let notify = unsafe { fd.get_kvm_run().__bindgen_anon_1.notify };
+    notify.flags & KVM_NOTIFY_CONTEXT_INVALID != 0
 }
 
 /// The suberror and its data, if it was an internal error, and where the guest was.

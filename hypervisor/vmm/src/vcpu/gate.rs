@@ -6,6 +6,17 @@
 //! ```
 //!
 //! [`Gate::pass`] costs one atomic load while the gate is open.
+//!
+//! No kick is lost. The main thread closes the gate, sets the vCPU's `immediate_exit`, and sends the signal; a vCPU thread
+//! that comes back with EINTR swaps `immediate_exit` to 0, and then looks at the gate. All four accesses are SeqCst, so they
+//! have one order that both threads agree on:
+//!
+//! - If the thread finds the gate open, its look comes before `close`. Its swap comes before that, and the setting of
+//!   `immediate_exit` after it: the 1 is not wiped out, and KVM_RUN returns at once or is interrupted by the signal, which comes later still.
+//! - Otherwise it finds the gate closed.
+//!
+//! A plain store of 0 would not do: the processor may let it out after the look at the gate, and it then wipes the 1 out after a
+//! signal that met the thread outside KVM_RUN. The test `every_order_of_a_kick_ends_at_the_gate` goes through all orders, of both.
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError,
@@ -23,13 +34,13 @@ pub struct Gate {
 impl Gate {
     /// A vCPU thread comes by; returns when the gate is open, and says whether it had to wait.
     pub fn pass(&self) -> bool {
-        if !self.closed.load(Ordering::Acquire) {
+        if !self.closed.load(Ordering::SeqCst) {
             return false;
         }
         let mut standing = self.lock();
         *standing += 1;
         self.changed.notify_all();
-        while self.closed.load(Ordering::Acquire) {
+        while self.closed.load(Ordering::SeqCst) {
             standing = self.changed.wait(standing).unwrap_or_else(PoisonError::into_inner);
         }
         *standing -= 1;
@@ -44,7 +55,7 @@ impl Gate {
 
     /// Closes the gate. The caller then has to get the vCPUs out of the guest.
     pub fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+        self.closed.store(true, Ordering::SeqCst);
     }
 
     /// Waits until `count` vCPUs stand before the closed gate or have left.
@@ -58,7 +69,7 @@ impl Gate {
     /// Lets everybody go on.
     pub fn open(&self) {
         let _standing = self.lock();
-        self.closed.store(false, Ordering::Release);
+        self.closed.store(false, Ordering::SeqCst);
         self.changed.notify_all();
     }
 
@@ -72,6 +83,100 @@ mod tests {
     use std::sync::{Arc, atomic::AtomicU32};
 
     use super::*;
+
+    /// What the two threads of a kick have done so far.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+    struct Model {
+        /// Steps of the main thread: gate closed, `immediate_exit` set, signal sent.
+        main: u8,
+        vcpu: At,
+        closed: bool,
+        immediate_exit: bool,
+        /// A store of 0 to `immediate_exit` that other processors do not see yet.
+        buffered: bool,
+        signal: bool,
+    }
+
+    /// What the vCPU thread does next.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+    enum At {
+        ClearImmediateExit,
+        LookAtGate,
+        EnterKvm,
+        InGuest,
+        BeforeGate,
+    }
+
+    impl Model {
+        /// All states that may come next.
+        fn next(self, atomic: bool) -> Vec<Self> {
+            let mut next = Vec::new();
+            match self.main {
+                0 => next.push(Self { main: 1, closed: true, ..self }),
+                1 => next.push(Self { main: 2, immediate_exit: true, ..self }),
+                2 => next.push(Self { main: 3, signal: true, ..self }),
+                _ => {}
+            }
+            if self.buffered {
+                next.push(Self { buffered: false, immediate_exit: false, ..self });
+            }
+            let user_mode = !matches!(self.vcpu, At::EnterKvm | At::InGuest);
+            // In user mode the handler takes the signal, and that is all. A system call empties the store buffer.
+            if self.signal && user_mode {
+                next.push(Self { signal: false, ..self });
+            }
+            match self.vcpu {
+                At::ClearImmediateExit if atomic => {
+                    next.push(Self { vcpu: At::LookAtGate, immediate_exit: false, ..self });
+                }
+                At::ClearImmediateExit => next.push(Self { vcpu: At::LookAtGate, buffered: true, ..self }),
+                At::LookAtGate if self.closed => next.push(Self { vcpu: At::BeforeGate, ..self }),
+                // The signal may still come before the system call.
+                At::LookAtGate => next.push(Self { vcpu: At::EnterKvm, ..self }),
+                At::EnterKvm if self.signal && !self.buffered => {
+                    next.push(Self { signal: false, ..self });
+                    next.push(Self { signal: false, vcpu: At::ClearImmediateExit, ..self });
+                }
+                At::EnterKvm if self.buffered => {}
+                At::EnterKvm if self.immediate_exit => next.push(Self { vcpu: At::ClearImmediateExit, ..self }),
+                At::EnterKvm => next.push(Self { vcpu: At::InGuest, ..self }),
+                At::InGuest if self.signal => {
+                    next.push(Self { signal: false, vcpu: At::ClearImmediateExit, ..self });
+                }
+                At::InGuest | At::BeforeGate => {}
+            }
+            next
+        }
+
+        /// Where the vCPU thread may be when nothing more happens.
+        fn ends(atomic: bool) -> std::collections::BTreeSet<At> {
+            let begin = Self {
+                main: 0,
+                vcpu: At::ClearImmediateExit,
+                closed: false,
+                immediate_exit: false,
+                buffered: false,
+                signal: false,
+            };
+            let (mut seen, mut work) = (std::collections::BTreeSet::from([begin]), vec![begin]);
+            let mut ends = std::collections::BTreeSet::new();
+            while let Some(state) = work.pop() {
+                let next = state.next(atomic);
+                if next.is_empty() {
+                    ends.insert(state.vcpu);
+                }
+                work.extend(next.into_iter().filter(|state| seen.insert(*state)));
+            }
+            ends
+        }
+    }
+
+    #[test]
+    fn every_order_of_a_kick_ends_at_the_gate() {
+        assert_eq!(Model::ends(true), [At::BeforeGate].into());
+        // And the model sees what a plain store would do.
+        assert!(Model::ends(false).contains(&At::InGuest));
+    }
 
     #[test]
     fn nobody_moves_while_it_is_closed() {

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A kick is two things: `immediate_exit` set in the vCPU's shared page, so that the next entry returns at once, and
-//! a signal, in case the thread is in the guest now. One of both meets it wherever it is.
+//! a signal, in case the thread is in the guest now. One of both meets it wherever it is ([`gate`] has the proof).
 
 mod cpuid;
 mod exit;
@@ -22,10 +22,11 @@ use std::{
         atomic::{AtomicU8, AtomicU64, Ordering},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use caisson_protos::monitor::ExitReason;
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_EXIT_NOTIFY, KVM_EXIT_X86_BUS_LOCK, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -39,6 +40,9 @@ use crate::{
 
 /// A host thread's stack, bytes: the run loop is shallow.
 const STACK: usize = 128 << 10;
+
+/// A vCPU that locked the bus rests for this long: each such access stops all processors of the host's socket.
+const BUS_LOCK_REST: Duration = Duration::from_millis(1);
 
 /// A vCPU that has not run yet.
 pub struct Vcpu {
@@ -108,6 +112,19 @@ pub fn install_kick() -> io::Result<()> {
     Ok(register_signal_handler(SIGRTMIN(), nothing)?)
 }
 
+/// Lets the kick's signal through on this thread: whoever started the process may have blocked it, and a blocked signal ends no
+/// KVM_RUN.
+fn unblock_kick() {
+    // SAFETY: a zeroed sigset_t is valid and then initialized; the calls read and write nothing else.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, SIGRTMIN());
+        // Fails only for a wrong first argument.
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
+    }
+}
+
 impl Vcpu {
     /// Starts the thread.
     ///
@@ -119,6 +136,7 @@ impl Vcpu {
         let counter = exits.clone();
         let thread =
             std::thread::Builder::new().name(format!("vcpu{}", self.id)).stack_size(STACK).spawn(move || {
+                unblock_kick();
                 self.run(&surroundings, &counter);
                 surroundings.gate.leave();
                 self.fd
@@ -127,6 +145,7 @@ impl Vcpu {
     }
 
     fn run(&mut self, around: &Surroundings, exits: &AtomicU64) {
+        let immediate_exit = ImmediateExit::of(&mut self.fd);
         loop {
             if around.gate.pass() {
                 // Tells the guest's watchdogs that it was stopped; fails if it does not use kvm-clock, and then need not know.
@@ -145,12 +164,20 @@ impl Vcpu {
                 Ok(VcpuExit::MmioWrite(address, data)) => around.bus.write(GuestAddress(address), data),
                 Ok(VcpuExit::Intr) => {}
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                    // Back to the gate; whoever closes it closes it before he kicks.
-                    self.fd.set_kvm_immediate_exit(0);
+                    // Then to the gate, in this order.
+                    immediate_exit.clear();
                 }
                 Ok(VcpuExit::Shutdown) => {
                     let detail = format!("triple fault on vCPU {}", self.id);
                     return around.end.declare(ExitReason::TripleFault, detail);
+                }
+                Ok(VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK)) => std::thread::sleep(BUS_LOCK_REST),
+                Ok(VcpuExit::Unsupported(KVM_EXIT_NOTIFY)) => {
+                    if exit::context_is_lost(&mut self.fd) {
+                        let detail =
+                            format!("vCPU {}: it kept its processor from the host, its state is lost", self.id);
+                        return around.end.declare(ExitReason::KvmError, detail);
+                    }
                 }
                 other => {
                     let what = exit::describe_unexpected(other);
@@ -186,12 +213,51 @@ impl ImmediateExit {
     }
 
     fn set(&self) {
-        // SAFETY: the page is mapped as long as the VcpuFd exists, which `Running` keeps in its thread's result. A u8 has the
-        // layout of an AtomicU8. The kernel reads this byte at any time, and the vCPU's thread clears it between two
-        // runs; a lost race costs one more turn through the gate, which decides.
-        unsafe { (*self.0).store(1, Ordering::SeqCst) };
+        self.byte().store(1, Ordering::SeqCst);
+    }
+
+    fn clear(&self) {
+        self.byte().swap(0, Ordering::SeqCst);
+    }
+
+    fn byte(&self) -> &AtomicU8 {
+        // SAFETY: the page is mapped as long as the VcpuFd exists, which `Running` keeps in its thread's result, and the
+        // thread itself while it runs. A u8 has the layout of an AtomicU8; this process accesses it in no other way, and the
+        // kernel only reads it.
+        unsafe { &*self.0 }
     }
 }
 
-// SAFETY: it is only an address; what is done with it, see `set`, may be done on any thread.
+// SAFETY: it is only an address; what is done with it, see `byte`, may be done on any thread.
 unsafe impl Send for ImmediateExit {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_blocked() -> bool {
+        // SAFETY: a zeroed sigset_t is valid; the calls write and read it alone.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut set);
+            libc::sigismember(&set, SIGRTMIN()) == 1
+        }
+    }
+
+    #[test]
+    fn the_kick_goes_through_whatever_the_parent_has_blocked() {
+        std::thread::spawn(|| {
+            // SAFETY: a zeroed sigset_t is valid; the calls fill and read it alone.
+            unsafe {
+                let mut all: libc::sigset_t = std::mem::zeroed();
+                libc::sigfillset(&mut all);
+                libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
+            }
+            assert!(is_blocked());
+            unblock_kick();
+            assert!(!is_blocked());
+        })
+        .join()
+        .unwrap();
+    }
+}

@@ -1,7 +1,7 @@
 //! What a virtio device is to its transport.
 //!
 //! The transport owns registers, feature negotiation, queues and the interrupt; a device owns its meaning. Everything
-//! happens on the device thread, one call at a time: a device needs no lock. After each call the transport sends one
+//! happens on the device thread, one call at a time: a device needs no lock, and must not block. After each call the transport sends one
 //! interrupt if any completed chain needs it, so a device that handles many chains in a call costs one interrupt.
 
 use std::os::fd::RawFd;
@@ -102,16 +102,22 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &[u16];
 
     /// The device's own feature bits. The transport adds VERSION_1, RING_EVENT_IDX and RING_INDIRECT_DESC.
-    fn features(&self) -> u64;
+    fn features(&self) -> u64 {
+        0
+    }
 
     /// Copies the configuration space from `offset` on; bytes beyond its end read as 0.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
 
     /// The driver is live (DRIVER_OK): all queues are usable and stay as they are until `reset`.
     ///
     /// # Errors
     /// The device then needs a reset.
-    fn activate(&mut self, context: &mut Context) -> Result<(), DeviceError>;
+    fn activate(&mut self, _context: &mut Context) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// The driver made chains available in queue `queue` (or a pause has ended).
     ///
@@ -125,19 +131,26 @@ pub trait VirtioDevice: Send {
     /// The device then needs a reset.
     fn descriptor_ready(
         &mut self,
-        context: &mut Context,
-        token: PollToken,
-        events: EventSet,
-    ) -> Result<(), DeviceError>;
+        _context: &mut Context,
+        _token: PollToken,
+        _events: EventSet,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// Streams between host and guest that are open now, for the machine's statistics.
     fn open_streams(&self) -> u32 {
         0
     }
 
+    /// Whether the device holds bytes of the guest for somebody who is slow to read them.
+    fn has_undelivered(&self) -> bool {
+        false
+    }
+
     /// Back to the state before `activate`: forget all guest requests, end all watches. No request may touch guest memory
     /// afterwards.
-    fn reset(&mut self, poll: &mut dyn Poll);
+    fn reset(&mut self, _poll: &mut dyn Poll) {}
 }
 
 /// Copies from a device's configuration space with zeros beyond its end.

@@ -24,7 +24,7 @@ pub mod vsock;
 pub use buffers::{BufferError, Buffers};
 pub use device::{Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
 pub use queue::{Chain, QueueError, VirtQueue};
-pub use serve::serve;
+pub use serve::{Served, Turn, TurnEnd, serve};
 
 /// All of a machine's RAM.
 pub type GuestMemory = vm_memory::GuestMemoryMmap;

@@ -32,6 +32,14 @@ pub enum QueueError {
     /// The chain loops, names a descriptor outside the table, or its indirect table is malformed.
     #[error("chain {0}: no proper end")]
     End(u16),
+    /// More descriptors than the queue has (2.7.5.3.1), in an indirect table.
+    #[error("chain {head}: more descriptors than the {size} of its queue")]
+    Descriptors {
+        /// Index of the chain's first descriptor.
+        head: u16,
+        /// The queue's size.
+        size: u16,
+    },
     /// One direction of the chain exceeds 4 GiB.
     #[error("chain {0}: longer than 4 GiB")]
     Length(u16),
@@ -91,12 +99,13 @@ impl VirtQueue {
             return Ok(None);
         }
         let Some(descriptors) = self.queue.iter(memory)?.next() else { return Ok(None) };
+        let size = self.queue.size();
         let mut chain =
             Chain { head: descriptors.head_index(), readable: Buffers::default(), writable: Buffers::default() };
         // The iterator ends the same way at a chain's end and at a malformed link; the last flags tell which it was.
         let mut ended = false;
-        for descriptor in descriptors {
-            chain.push(memory, &descriptor)?;
+        for (count, descriptor) in descriptors.enumerate() {
+            chain.push(memory, &descriptor, count, size)?;
             ended = !descriptor.has_next();
         }
         if ended { Ok(Some(chain)) } else { Err(QueueError::End(chain.head)) }
@@ -116,7 +125,7 @@ impl VirtQueue {
         const DESCRIPTOR_LEN: u16 = size_of::<Descriptor>() as u16;
         let mut chain = Chain { head, readable: Buffers::default(), writable: Buffers::default() };
         let (mut table, mut size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
-        let (mut index, mut left, mut indirect) = (head, size, false);
+        let (mut index, mut left, mut indirect, mut count) = (head, size, false, 0);
         loop {
             // `left` ends a loop: a chain has no more descriptors than its table.
             if index >= size || left == 0 {
@@ -134,7 +143,8 @@ impl VirtQueue {
                 (table, size, index, left, indirect) = (descriptor.addr(), entries, 0, entries, true);
                 continue;
             }
-            chain.push(memory, &descriptor)?;
+            chain.push(memory, &descriptor, count, self.queue.size())?;
+            count += 1;
             if !descriptor.has_next() {
                 return Ok(chain);
             }
@@ -207,7 +217,17 @@ impl VirtQueue {
 }
 
 impl<'m> Chain<'m> {
-    fn push(&mut self, memory: &'m GuestMemory, descriptor: &Descriptor) -> Result<(), QueueError> {
+    /// Adds the next descriptor, before which there are `count`, of a queue of `size`.
+    fn push(
+        &mut self,
+        memory: &'m GuestMemory,
+        descriptor: &Descriptor,
+        count: usize,
+        size: u16,
+    ) -> Result<(), QueueError> {
+        if count >= usize::from(size) {
+            return Err(QueueError::Descriptors { head: self.head, size });
+        }
         let (address, len) = (descriptor.addr(), descriptor.len());
         if descriptor.is_write_only() {
             self.extend_with(memory, address, len, true)

@@ -1,19 +1,18 @@
 //! The entropy device (virtio 1.2, section 5.4): fills what the driver offers with the host's random bytes.
 
-use event_manager::EventSet;
 use rustix::{
     io::Errno,
     rand::{GetRandomFlags, getrandom},
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use super::{Buffers, Context, DeviceError, Poll, PollToken, VirtioDevice};
+use super::{Buffers, Context, DeviceError, Served, Turn, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [8];
 /// The most bytes that one request gets: enough for any seed, and a bound on what a request can cost.
 const MAX_BYTES: usize = 4096;
-/// Requests served before others on the device thread have their turn.
-const MAX_REQUESTS: usize = 8;
+/// Requests served before others on the device thread have their turn. What the driver sends along with one is never read.
+const TURN: Turn = Turn { chains: 8, bytes: usize::MAX };
 
 /// The device. It has no state.
 #[derive(Debug, Default)]
@@ -48,32 +47,15 @@ impl VirtioDevice for Rng {
         &QUEUE_SIZES
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn activate(&mut self, _context: &mut Context) -> Result<(), DeviceError> {
-        Ok(())
-    }
-
     fn queue_ready(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
-        super::serve(context, queue, MAX_REQUESTS, |context, chain| {
+        super::serve(context, queue, TURN, |context, chain| {
             if !chain.readable.is_empty() {
                 *context.guest_faults += 1;
             }
-            Self::fill(&chain.writable)
-        })
-    }
-
-    fn descriptor_ready(&mut self, _: &mut Context, _: PollToken, _: EventSet) -> Result<(), DeviceError> {
+            Self::fill(&chain.writable).map(Served::Written)
+        })?;
         Ok(())
     }
-
-    fn reset(&mut self, _poll: &mut dyn Poll) {}
 }
 
 #[cfg(test)]

@@ -1,9 +1,14 @@
 //! A small driver for devices' own tests: it lays chains into guest memory, calls the device as the transport would,
 //! and takes the completed chains back.
 
-use std::{io, os::fd::RawFd};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{BorrowedFd, RawFd},
+};
 
 use event_manager::EventSet;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -25,7 +30,11 @@ pub struct Driver {
     pub memory: GuestMemory,
     pub queues: Vec<VirtQueue>,
     pub guest_faults: u64,
+    /// What the driver accepted.
+    pub features: u64,
     device: Box<dyn VirtioDevice>,
+    active: bool,
+    watched: Watched,
     rings: Vec<Ring>,
     next_buffer: u64,
 }
@@ -39,17 +48,41 @@ struct Ring {
     writable: std::collections::BTreeMap<u16, Vec<(u64, usize)>>,
 }
 
-/// Watches nothing: for devices without descriptors.
-struct NoPoll;
+/// How long a device may take until one of its descriptors is ready.
+const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
-impl Poll for NoPoll {
-    fn add(&mut self, _: RawFd, _: PollToken, _: EventSet) -> io::Result<()> {
+/// What the device watches.
+#[derive(Default)]
+pub struct Watched(BTreeMap<RawFd, PollToken>);
+
+impl Watched {
+    /// The watched descriptors that are ready; waits for one until `timeout`.
+    pub fn ready(&self, timeout: Timespec) -> Vec<(RawFd, PollToken)> {
+        // SAFETY: a device keeps what it watches open until it removes it.
+        let borrow = |fd: &RawFd| unsafe { BorrowedFd::borrow_raw(*fd) };
+        let fds: Vec<_> = self.0.keys().map(borrow).collect();
+        let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+        poll(&mut polled, Some(&timeout)).unwrap();
+        self.0
+            .iter()
+            .zip(&polled)
+            .filter(|(_, fd)| !fd.revents().is_empty())
+            .map(|((fd, token), _)| (*fd, *token))
+            .collect()
+    }
+}
+
+impl Poll for Watched {
+    fn add(&mut self, fd: RawFd, token: PollToken, _: EventSet) -> io::Result<()> {
+        self.0.insert(fd, token);
         Ok(())
     }
     fn modify(&mut self, _: RawFd, _: PollToken, _: EventSet) -> io::Result<()> {
         Ok(())
     }
-    fn remove(&mut self, _: RawFd) {}
+    fn remove(&mut self, fd: RawFd) {
+        self.0.remove(&fd);
+    }
 }
 
 /// Memory of a test machine, and a ready queue of `size` descriptors in its window number `window`.
@@ -71,7 +104,18 @@ impl Driver {
         let sizes = device.queue_sizes().to_vec();
         let queues = sizes.iter().enumerate().map(|(n, size)| queue_in(&memory, n, *size)).collect();
         let rings = sizes.iter().map(|_| Ring::default()).collect();
-        Self { memory, queues, guest_faults: 0, device, rings, next_buffer: BUFFERS }
+        let features = device.features();
+        Self {
+            memory,
+            queues,
+            guest_faults: 0,
+            features,
+            device,
+            active: false,
+            watched: Watched::default(),
+            rings,
+            next_buffer: BUFFERS,
+        }
     }
 
     /// Makes one chain available: a readable piece (if not empty), then writable pieces of these lengths.
@@ -106,16 +150,63 @@ impl Driver {
         ring.writable.insert(head, writable);
     }
 
-    /// Notifies the device.
+    /// Makes the chain `head` available once more.
+    pub fn offer_again(&mut self, queue: usize, head: u16) {
+        let ring = &mut self.rings[queue];
+        let available = queue as u64 * RINGS + AVAILABLE;
+        self.memory.write_obj(head, GuestAddress(available + 4 + u64::from(ring.offered) * 2)).unwrap();
+        ring.offered += 1;
+        self.memory.write_obj(ring.offered, GuestAddress(available + 2)).unwrap();
+    }
+
+    /// Resets the device and its queues; chains that were offered stay where they are.
+    pub fn reset(&mut self) {
+        self.device.reset(&mut self.watched);
+        self.active = false;
+        assert!(self.watched.0.is_empty(), "a device that was reset watches nothing");
+    }
+
+    /// Where the bytes of the first chain are.
+    pub fn first_buffer(&self) -> GuestAddress {
+        GuestAddress(BUFFERS)
+    }
+
+    /// Notifies the device; the first time, it is activated before.
     pub fn run(&mut self, queue: usize) -> Result<(), DeviceError> {
+        if !std::mem::replace(&mut self.active, true) {
+            self.call(|device, context| device.activate(context))?;
+        }
+        self.call(|device, context| device.queue_ready(context, queue))
+    }
+
+    /// Waits until the device has something to do for itself, and lets it do that.
+    pub fn wait(&mut self) -> Result<(), DeviceError> {
+        let ready = self.watched.ready(LIMIT);
+        assert!(!ready.is_empty(), "nothing happened in {LIMIT:?}");
+        ready.into_iter().try_for_each(|(_, token)| {
+            self.call(|device, context| device.descriptor_ready(context, token, EventSet::IN))
+        })
+    }
+
+    /// Takes the next completed chain, and waits for it.
+    pub fn wait_completed(&mut self, queue: usize) -> (u32, Vec<u8>) {
+        loop {
+            if let Some(completed) = self.completed(queue) {
+                return completed;
+            }
+            self.wait().unwrap();
+        }
+    }
+
+    fn call<T>(&mut self, call: impl FnOnce(&mut dyn VirtioDevice, &mut Context) -> T) -> T {
         let mut context = Context {
             memory: &self.memory,
             queues: &mut self.queues,
-            poll: &mut NoPoll,
-            features: self.device.features(),
+            poll: &mut self.watched,
+            features: self.features,
             guest_faults: &mut self.guest_faults,
         };
-        self.device.queue_ready(&mut context, queue)
+        call(self.device.as_mut(), &mut context)
     }
 
     /// Takes the next completed chain: the length it was completed with, and all its writable bytes.

@@ -84,6 +84,27 @@ pub fn count() {
     }
 }
 
+/// vda never answers reads from `hangs_from` on; vdb is sound.
+pub fn one_hangs(hangs_from: u64) -> ! {
+    std::thread::spawn(move || {
+        let hung = File::open("/dev/vda").expect("/dev/vda");
+        let result = hung.read_exact_at(&mut [0; 4096], hangs_from);
+        panic!("a read that hangs came back: {result:?}");
+    });
+    while attribute("vda", "inflight").split_whitespace().all(|count| count == "0") {
+        std::thread::yield_now();
+    }
+    let sound = open("vdb");
+    sound.write_all_at(&[0xdd; 4096], 4096).expect("writing vdb");
+    sound.sync_all().expect("flushing vdb");
+    forget_cache(&sound);
+    assert_eq!(page_at(&sound, 1), [0xdd; 4096]);
+    println!("guest: the others work");
+    loop {
+        std::thread::park();
+    }
+}
+
 fn open(name: &str) -> File {
     fs::OpenOptions::new().read(true).write(true).open(format!("/dev/{name}")).expect(name)
 }

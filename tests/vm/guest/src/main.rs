@@ -32,7 +32,12 @@ fn main() {
         "panic" => power::panic_the_kernel(),
         "disks" => disks::use_all_kinds(),
         "count-disks" => disks::count(),
+        "hung-disk" => {
+            let hangs_from = word("caisson.hangs-from=").and_then(|bytes| bytes.parse().ok());
+            disks::one_hangs(hangs_from.expect("caisson.hangs-from= in the kernel's command line"))
+        }
         "vsock" => vsock::both_ways(),
+        "last-words" => vsock::last_words(),
         "ticks" => machine::tick_for_ever(),
         "files" => files::share(&word("caisson.tag=").expect("caisson.tag= in the kernel's command line")),
         other => panic!("no scenario {other:?}"),

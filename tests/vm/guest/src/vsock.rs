@@ -10,6 +10,10 @@ use std::{
 const ECHO_PORT: u32 = 5000;
 /// Where the host does.
 const HOST_ECHO_PORT: u32 = 6000;
+/// Where the host reads late.
+const HOST_SINK_PORT: u32 = 6002;
+/// Bytes that the monitor takes from a stream whose other end reads nothing.
+const WINDOW: usize = 256 << 10;
 /// Nobody listens here.
 const NOBODY_PORT: u32 = 6001;
 /// Streams that this guest opens at the same time.
@@ -28,6 +32,14 @@ pub fn both_ways() {
     guest_to_host();
     println!("guest: streams to the host done");
     host_to_guest(&listener);
+}
+
+/// Writes as much as the monitor takes without a reader, and says no more: the machine powers off at once.
+pub fn last_words() {
+    let mut stream = connect(HOST, HOST_SINK_PORT).expect("connecting to the host");
+    stream.write_all(&vec![0x5a; WINDOW]).expect("writing to the host");
+    // Stays open: an orderly end would be waited for.
+    std::mem::forget(stream);
 }
 
 fn guest_to_host() {

@@ -1,18 +1,26 @@
 //! The block device (virtio 1.2, section 5.2) on a raw file. The file's content is never looked at: whatever a guest
 //! writes into its first sectors, it stays a raw disk.
 //!
-//! Requests are served one after the other on the device thread, straight between guest memory and the file.
+//! ```text
+//!   queue ─ pop, parse, copy what is written ──► engine: the disk's own thread ──► file
+//!     ▲                                             │
+//!     └─ status, copy what was read, complete ◄─────┘ eventfd
+//! ```
+//!
+//! The device thread never waits for the file, and the disk's thread never sees guest memory ([`engine`] says what
+//! that is good for). At most [`MAX_AHEAD`] bytes and a piece are on their way at a time, which bounds the memory that a
+//! disk takes, and the bytes that one turn copies.
 
+mod backing;
+mod engine;
+mod pieces;
 mod request;
 
-use std::{
-    io,
-    os::fd::{AsFd, OwnedFd},
-};
+use std::{collections::BTreeMap, io};
 
 use event_manager::EventSet;
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use serde::{Deserialize, Serialize};
+use slog::Logger;
 use virtio_bindings::{
     virtio_blk::{
         VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -21,18 +29,25 @@ use virtio_bindings::{
     virtio_ids::VIRTIO_ID_BLOCK,
 };
 
-use self::request::{
-    Geometry, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_ZEROES_SECTORS, Refusal, Request, SECTOR, SERIAL, Segment,
+pub use self::backing::Backing;
+use self::{
+    engine::{Done, Engine, Work},
+    pieces::{PIECE, Pieces},
+    request::{
+        Geometry, HEADER, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_ZEROES_SECTORS, Refusal, Request, SECTOR, SERIAL,
+    },
 };
-use super::{Chain, Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
+use super::{Chain, Context, DeviceError, Poll, PollToken, Served, Turn, VirtioDevice, read_config_bytes};
 
 const QUEUE_SIZES: [u16; 1] = [128];
+/// The only queue.
+const REQUESTS: usize = 0;
 /// Data descriptors in a request: the queue without header and status.
 const SEG_MAX: u32 = 126;
-/// Requests served before others on the device thread have their turn.
-const MAX_REQUESTS: usize = 32;
-/// Zeros are written in pieces of this size where the file cannot make them itself.
-const ZEROES: usize = 64 << 10;
+/// What is taken from the queue before others on the device thread have their turn.
+const TURN: Turn = Turn { chains: 32, bytes: 1 << 20 };
+/// No further request is taken while so many bytes are with the disk's thread.
+pub const MAX_AHEAD: usize = 1 << 20;
 
 /// All of a disk that must survive a save, apart from its file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,109 +58,180 @@ pub struct BlockState {
     pub read_only: bool,
     /// What the driver reads as serial number, padded with zeros.
     pub serial: [u8; SERIAL],
+    /// Requests that were taken from the queue and are not completed, by the first descriptor of their chains. All
+    /// of them can be done twice: a restored disk begins again at `done`.
+    pub in_flight: BTreeMap<u16, InFlight>,
+}
+
+/// A request on its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InFlight {
+    /// What the driver asked for.
+    pub request: Request,
+    /// Data bytes that are through.
+    pub done: usize,
 }
 
 /// One disk.
 #[derive(Debug)]
 pub struct Block {
-    file: OwnedFd,
+    engine: Engine,
     state: BlockState,
     config: [u8; 60],
+    /// Bytes with the engine.
+    ahead: usize,
+    pieces: Pieces,
+    /// Requests that the file failed; logged at each power of two.
+    failures: u64,
+    log: Logger,
 }
 
 impl Block {
-    /// A disk on `file`, which has `size` bytes; an incomplete last sector is left out. `serial` is cut after 20 bytes.
-    pub fn new(file: OwnedFd, size: u64, serial: &str, read_only: bool) -> Self {
+    /// A disk on `backing`, which has `size` bytes; an incomplete last sector is left out. `serial` is cut after 20 bytes.
+    ///
+    /// # Errors
+    /// No more threads or descriptors.
+    pub fn new(backing: impl Backing, size: u64, serial: &str, read_only: bool, log: Logger) -> io::Result<Self> {
         let mut id = [0; SERIAL];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let state = BlockState { sectors: size / SECTOR, read_only, serial: id };
+        let state = BlockState { sectors: size / SECTOR, read_only, serial: id, in_flight: BTreeMap::new() };
         let config = config_space(&state);
-        Self { file, state, config }
+        let engine = Engine::start(backing)?;
+        Ok(Self { engine, state, config, ahead: 0, pieces: Pieces::default(), failures: 0, log })
+    }
+
+    /// What must survive a save.
+    pub fn state(&self) -> &BlockState {
+        &self.state
+    }
+
+    /// Takes over a saved state, before [`VirtioDevice::activate`].
+    pub fn restore(&mut self, state: BlockState) {
+        self.config = config_space(&state);
+        self.state = state;
     }
 
     fn geometry(&self) -> Geometry {
         Geometry { sectors: self.state.sectors, read_only: self.state.read_only }
     }
 
-    /// Serves one request and writes its status; gives the number of bytes written.
-    fn serve(&self, chain: &Chain, faults: &mut u64) -> Result<usize, DeviceError> {
-        // Without a status byte there is no way to answer: the driver is broken.
-        let status_at =
-            chain.writable.len().checked_sub(1).ok_or(DeviceError::Protocol("block request without a status byte"))?;
-        let status = match Request::parse(chain, self.geometry()).and_then(|request| self.perform(request, chain)) {
-            Ok(()) => VIRTIO_BLK_S_OK,
+    /// Begins one request of the driver.
+    fn begin(&mut self, context: &mut Context, chain: &Chain) -> Result<Served, DeviceError> {
+        if self.ahead >= MAX_AHEAD {
+            return Ok(Served::Refused);
+        }
+        status_position(chain)?;
+        let status = match Request::parse(chain, self.geometry()) {
+            Ok(Request::GetId) => {
+                chain.writable.write(0, &self.state.serial)?;
+                VIRTIO_BLK_S_OK
+            }
+            Ok(Request::Flush) if self.state.read_only => VIRTIO_BLK_S_OK,
+            Ok(request) => {
+                if self.state.in_flight.insert(chain.head, InFlight { request, done: 0 }).is_some() {
+                    return Err(DeviceError::Protocol("a block request was made available twice"));
+                }
+                self.submit(context.features, chain)?;
+                return Ok(Served::Taken);
+            }
             Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
-            Err(Refusal::Host) => VIRTIO_BLK_S_IOERR,
             Err(Refusal::Invalid) => {
-                *faults += 1;
+                *context.guest_faults += 1;
                 VIRTIO_BLK_S_IOERR
             }
         };
-        chain.writable.write(status_at, &[status as u8])?;
-        // The driver finds the status at the end of what it offered, whatever lies before it.
-        Ok(status_at + 1)
+        Ok(Served::Written(write_status(chain, status)?))
     }
 
-    fn perform(&self, request: Request, chain: &Chain) -> Result<(), Refusal> {
-        let file = self.file.as_fd();
-        match request {
-            Request::Read { position, len } => {
-                transfer(position, len, |at, done, rest| chain.writable.read_from(file, Some(at), done, rest))
-                    .map_err(|_| Refusal::Host)
+    /// Hands the next piece of the request in `chain` to the engine.
+    fn submit(&mut self, features: u64, chain: &Chain) -> Result<(), DeviceError> {
+        let Some(InFlight { request, done }) = self.state.in_flight.get(&chain.head) else { return Ok(()) };
+        let len = request.data_len().saturating_sub(*done).min(PIECE);
+        let is_last = done + len >= request.data_len();
+        // A driver that cannot flush takes what is completed for durable (5.2.6.2).
+        let sync = features & 1 << VIRTIO_BLK_F_FLUSH == 0 && is_last;
+        let work = match request {
+            Request::Read { position, .. } => {
+                Work::Read { position: position + *done as u64, piece: self.pieces.take(len) }
             }
-            Request::Write { position, len } => transfer(position, len, |at, done, rest| {
-                chain.readable.write_to(file, Some(at), request::HEADER + done, rest)
-            })
-            .map_err(|_| Refusal::Host),
-            Request::Flush if self.state.read_only => Ok(()),
-            Request::Flush => fdatasync(file).map_err(|_| Refusal::Host),
-            Request::GetId => chain.writable.write(0, &self.state.serial).map_err(|_| Refusal::Invalid),
-            Request::Discard | Request::WriteZeroes => {
-                let mut index = 0;
-                while let Some(segment) = request.segment(&chain.readable, index, self.geometry())? {
-                    let done = match request {
-                        Request::Discard => self.discard(segment),
-                        _ => self.write_zeroes(segment),
-                    };
-                    done.map_err(|_| Refusal::Host)?;
-                    index += 1;
+            Request::Write { position, .. } => {
+                let mut piece = self.pieces.take(len);
+                chain.readable.read(HEADER + done, piece.bytes_mut())?;
+                Work::Write { position: position + *done as u64, piece, sync }
+            }
+            Request::Discard(segments) => Work::Discard { segments: segments.clone(), sync },
+            Request::WriteZeroes(segments) => Work::WriteZeroes { segments: segments.clone(), sync },
+            Request::Flush | Request::GetId => Work::Flush,
+        };
+        self.ahead += len;
+        self.engine.submit(chain.head, work);
+        Ok(())
+    }
+
+    /// The engine has finished a piece: goes on with the next or completes the request.
+    fn finish(&mut self, context: &mut Context, done: Done) -> Result<(), DeviceError> {
+        let Some(in_flight) = self.state.in_flight.get_mut(&done.head) else { return Ok(()) };
+        let Some(ring) = context.queues.get(REQUESTS) else { return Ok(()) };
+        // The driver may have changed it since: all is checked again.
+        let chain = ring.chain(context.memory, done.head)?;
+        let result = match done.work {
+            Work::Read { piece, .. } => {
+                let len = piece.bytes().len();
+                if done.result.is_ok() {
+                    chain.writable.write(in_flight.done, piece.bytes())?;
                 }
-                Ok(())
+                self.pieces.give_back(piece);
+                done.result.map(|()| len)
             }
-        }
-    }
-
-    fn discard(&self, segment: Segment) -> io::Result<()> {
-        match self.fallocate(FallocateFlags::PUNCH_HOLE, segment) {
-            // A discard is advice: a file that cannot forget keeps its bytes.
-            Err(error) if unsupported(&error) => Ok(()),
-            done => done,
-        }
-    }
-
-    fn write_zeroes(&self, segment: Segment) -> io::Result<()> {
-        let way = if segment.unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        match self.fallocate(way, segment) {
-            Err(error) if unsupported(&error) => {
-                let zeroes = vec![0; ZEROES];
-                // Bounded by MAX_ZEROES_SECTORS, so it fits into usize.
-                transfer(segment.position, segment.len as usize, |at, _, rest| {
-                    let piece = zeroes.get(..rest.min(ZEROES)).unwrap_or(&zeroes);
-                    Ok(rustix::io::pwrite(&self.file, piece, at)?)
-                })
+            Work::Write { piece, .. } => {
+                let len = piece.bytes().len();
+                self.pieces.give_back(piece);
+                done.result.map(|()| len)
             }
-            done => done,
-        }
+            Work::Discard { .. } | Work::WriteZeroes { .. } | Work::Flush => done.result.map(|()| 0),
+        };
+        self.ahead = self.ahead.saturating_sub(in_flight.request.data_len().saturating_sub(in_flight.done).min(PIECE));
+        let status = match result {
+            Ok(len) => {
+                in_flight.done += len;
+                if in_flight.done < in_flight.request.data_len() {
+                    return self.submit(context.features, &chain);
+                }
+                VIRTIO_BLK_S_OK
+            }
+            Err(error) => {
+                self.failures += 1;
+                if self.failures.is_power_of_two() {
+                    slog::warn!(self.log, "disk request failed"; "request" => in_flight.request.name(),
+                        "serial" => serial_text(&self.state.serial), "failures" => self.failures, "error" => %error);
+                }
+                VIRTIO_BLK_S_IOERR
+            }
+        };
+        self.state.in_flight.remove(&done.head);
+        let written = write_status(&chain, status)?;
+        Ok(context.complete(REQUESTS, done.head, written)?)
     }
+}
 
-    fn fallocate(&self, way: FallocateFlags, segment: Segment) -> io::Result<()> {
-        if segment.len == 0 {
-            return Ok(());
-        }
-        Ok(fallocate(&self.file, way | FallocateFlags::KEEP_SIZE, segment.position, segment.len)?)
-    }
+/// Without the padding.
+fn serial_text(serial: &[u8]) -> String {
+    serial.iter().take_while(|byte| **byte != 0).map(|byte| char::from(*byte)).collect()
+}
+
+/// The last writable byte. Without one there is no way to answer: the driver is broken.
+fn status_position(chain: &Chain) -> Result<usize, DeviceError> {
+    chain.writable.len().checked_sub(1).ok_or(DeviceError::Protocol("block request without a status byte"))
+}
+
+/// Gives the number of bytes that the driver may take for written: those from the first on (2.7.8.2), of which a failed
+/// request promises none.
+fn write_status(chain: &Chain, status: u32) -> Result<usize, DeviceError> {
+    let position = status_position(chain)?;
+    chain.writable.write(position, &[status as u8])?;
+    Ok(if status == VIRTIO_BLK_S_OK || position == 0 { position + 1 } else { 0 })
 }
 
 impl VirtioDevice for Block {
@@ -174,19 +260,40 @@ impl VirtioDevice for Block {
         read_config_bytes(&self.config, offset, data);
     }
 
-    fn activate(&mut self, _context: &mut Context) -> Result<(), DeviceError> {
+    fn activate(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        context
+            .poll
+            .add(self.engine.event(), 0, EventSet::IN)
+            .map_err(|source| DeviceError::Host { what: "watching a disk's thread", source })?;
+        // Only a restored state has any in flight.
+        let heads: Vec<u16> = self.state.in_flight.keys().copied().collect();
+        for head in heads {
+            let Some(ring) = context.queues.get(REQUESTS) else { break };
+            let chain = ring.chain(context.memory, head)?;
+            self.submit(context.features, &chain)?;
+        }
         Ok(())
     }
 
     fn queue_ready(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
-        super::serve(context, queue, MAX_REQUESTS, |context, chain| self.serve(chain, context.guest_faults))
-    }
-
-    fn descriptor_ready(&mut self, _: &mut Context, _: PollToken, _: EventSet) -> Result<(), DeviceError> {
+        super::serve(context, queue, TURN, |context, chain| self.begin(context, chain))?;
         Ok(())
     }
 
-    fn reset(&mut self, _poll: &mut dyn Poll) {}
+    fn descriptor_ready(&mut self, context: &mut Context, _: PollToken, _: EventSet) -> Result<(), DeviceError> {
+        for done in self.engine.take_done() {
+            self.finish(context, done)?;
+        }
+        // There is room again.
+        self.queue_ready(context, REQUESTS)
+    }
+
+    fn reset(&mut self, poll: &mut dyn Poll) {
+        poll.remove(self.engine.event());
+        self.engine.cancel();
+        self.state.in_flight.clear();
+        self.ahead = 0;
+    }
 }
 
 /// `struct virtio_blk_config` up to the write-zeroes fields.
@@ -207,26 +314,6 @@ fn config_space(state: &BlockState) -> [u8; 60] {
     put(52, &MAX_SEGMENTS.to_le_bytes());
     put(56, &[1]);
     config
-}
-
-/// Repeats a read or write that may move less than asked until `len` bytes are through.
-/// `step` gets the position in the file, the bytes done and the bytes left.
-fn transfer(position: u64, len: usize, mut step: impl FnMut(u64, usize, usize) -> io::Result<usize>) -> io::Result<()> {
-    let mut done = 0;
-    while done < len {
-        match step(position + done as u64, done, len - done) {
-            // The file became shorter than it was.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => done += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-fn unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS))
 }
 
 #[cfg(test)]

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! Every rule about lengths and capacity is here, so that the device behind it can do what a [`Request`] says without
-//! thinking. Nothing here touches the disk.
+//! further checks. Nothing here touches the disk.
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -23,8 +24,7 @@ pub const HEADER: usize = 16;
 const SEGMENT: usize = 16;
 /// Bytes of a serial number.
 pub const SERIAL: usize = 20;
-/// The most data that one read or write may carry. Linux asks for 1.25 MiB unless told otherwise; the bound keeps a
-/// request from holding the device thread for long.
+/// The most data that one read or write may carry. Linux asks for 1.25 MiB unless told otherwise.
 pub const MAX_DATA: usize = 64 << 20;
 /// The most segments in a discard or write-zeroes request.
 pub const MAX_SEGMENTS: u32 = 16;
@@ -34,7 +34,7 @@ pub const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 pub const MAX_ZEROES_SECTORS: u32 = 1 << 14;
 
 /// A checked request. Byte positions and lengths lie within the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Fill the first `len` writable bytes from the disk.
     Read {
@@ -52,12 +52,12 @@ pub enum Request {
     },
     /// Make everything written so far durable.
     Flush,
-    /// Tell the serial number.
+    /// Report the serial number.
     GetId,
-    /// Forget ranges, which are the request's segments.
-    Discard,
-    /// Make ranges read as zeros, likewise.
-    WriteZeroes,
+    /// Give the blocks of these ranges back.
+    Discard(Vec<Segment>),
+    /// Make these ranges read as zeros.
+    WriteZeroes(Vec<Segment>),
 }
 
 /// Why a request is refused. The driver sees the status only.
@@ -65,8 +65,6 @@ pub enum Request {
 pub enum Refusal {
     /// VIRTIO_BLK_S_IOERR: malformed or out of range.
     Invalid,
-    /// VIRTIO_BLK_S_IOERR: the file could not do it.
-    Host,
     /// VIRTIO_BLK_S_UNSUPP: a type that this device does not know, or was not offered.
     Unsupported,
 }
@@ -81,7 +79,7 @@ pub struct Geometry {
 }
 
 /// One range of a discard or write-zeroes request, within the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// Byte on the disk.
     pub position: u64,
@@ -112,50 +110,66 @@ impl Request {
                 Ok(Self::Write { position: disk.data_position(sector, outgoing, incoming)?, len: outgoing })
             }
             VIRTIO_BLK_T_FLUSH if outgoing == 0 && incoming == 0 => Ok(Self::Flush),
-            VIRTIO_BLK_T_GET_ID if outgoing == 0 && incoming >= SERIAL => Ok(Self::GetId),
+            VIRTIO_BLK_T_GET_ID if outgoing == 0 && incoming == SERIAL => Ok(Self::GetId),
             kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => {
                 disk.writable()?;
                 let whole = incoming == 0 && outgoing != 0 && outgoing.is_multiple_of(SEGMENT);
                 if !whole || outgoing / SEGMENT > MAX_SEGMENTS as usize {
                     return Err(Refusal::Invalid);
                 }
-                Ok(if kind == VIRTIO_BLK_T_DISCARD { Self::Discard } else { Self::WriteZeroes })
+                let segments = (0..outgoing / SEGMENT)
+                    .map(|index| segment(&chain.readable, index, kind, disk))
+                    .collect::<Result<_, _>>()?;
+                Ok(if kind == VIRTIO_BLK_T_DISCARD { Self::Discard(segments) } else { Self::WriteZeroes(segments) })
             }
             VIRTIO_BLK_T_FLUSH | VIRTIO_BLK_T_GET_ID => Err(Refusal::Invalid),
             _ => Err(Refusal::Unsupported),
         }
     }
 
-    /// The segment number `index` of a discard or write-zeroes request; `None` after the last. Read once and checked
-    /// after reading: the driver may change it under our eyes.
-    ///
-    /// # Errors
-    /// What the driver is to be told.
-    pub fn segment(self, readable: &Buffers, index: usize, disk: Geometry) -> Result<Option<Segment>, Refusal> {
-        let at = HEADER + index * SEGMENT;
-        if at >= readable.len() {
-            return Ok(None);
+    /// Bytes between guest memory and the disk.
+    pub fn data_len(&self) -> usize {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } => *len,
+            _ => 0,
         }
-        let mut raw = [0; SEGMENT];
-        readable.read(at, &mut raw).map_err(|_| Refusal::Invalid)?;
-        let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = raw;
-        let sectors = u32::from_le_bytes([c0, c1, c2, c3]);
-        let flags = u32::from_le_bytes(flags);
-        let (limit, allowed) = match self {
-            Self::WriteZeroes => (MAX_ZEROES_SECTORS, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP),
-            _ => (MAX_DISCARD_SECTORS, 0),
-        };
-        // Unknown flags: 5.2.6.2 wants UNSUPP.
-        if flags & !allowed != 0 {
-            return Err(Refusal::Unsupported);
-        }
-        if sectors > limit {
-            return Err(Refusal::Invalid);
-        }
-        let len = u64::from(sectors) * SECTOR;
-        let position = disk.position(u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]), len)?;
-        Ok(Some(Segment { position, len, unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 }))
     }
+
+    /// What it is called in the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Read { .. } => "read",
+            Self::Write { .. } => "write",
+            Self::Flush => "flush",
+            Self::GetId => "get-id",
+            Self::Discard(_) => "discard",
+            Self::WriteZeroes(_) => "write-zeroes",
+        }
+    }
+}
+
+/// The segment number `index` of a discard or write-zeroes request. Read once and checked after reading: the driver may
+/// change it meanwhile.
+fn segment(readable: &Buffers, index: usize, kind: u32, disk: Geometry) -> Result<Segment, Refusal> {
+    let mut raw = [0; SEGMENT];
+    readable.read(HEADER + index * SEGMENT, &mut raw).map_err(|_| Refusal::Invalid)?;
+    let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = raw;
+    let sectors = u32::from_le_bytes([c0, c1, c2, c3]);
+    let flags = u32::from_le_bytes(flags);
+    let (limit, allowed) = match kind {
+        VIRTIO_BLK_T_WRITE_ZEROES => (MAX_ZEROES_SECTORS, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP),
+        _ => (MAX_DISCARD_SECTORS, 0),
+    };
+    // Unknown flags: 5.2.6.2 wants UNSUPP.
+    if flags & !allowed != 0 {
+        return Err(Refusal::Unsupported);
+    }
+    if sectors > limit {
+        return Err(Refusal::Invalid);
+    }
+    let len = u64::from(sectors) * SECTOR;
+    let position = disk.position(u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]), len)?;
+    Ok(Segment { position, len, unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 })
 }
 
 impl Geometry {

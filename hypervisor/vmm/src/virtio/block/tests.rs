@@ -1,7 +1,15 @@
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io::Write,
+    os::{fd::OwnedFd, unix::fs::FileExt},
+    sync::{Arc, Condvar, Mutex, mpsc},
+};
 
 use proptest::prelude::*;
+use rustix::fs::FallocateFlags;
 use virtio_bindings::virtio_blk::*;
+use virtio_queue::QueueT;
+use vm_memory::Bytes;
 
 use super::{request::MAX_DATA, *};
 use crate::virtio::testing::Driver;
@@ -18,8 +26,8 @@ impl Disk {
         let file = tempfile::tempfile().unwrap();
         // Half a sector more than the guest is to see.
         file.set_len(SECTORS * SECTOR + 256).unwrap();
-        let block =
-            Block::new(file.try_clone().unwrap().into(), file.metadata().unwrap().len(), "serial-of-vda", read_only);
+        let backing: OwnedFd = file.try_clone().unwrap().into();
+        let block = Block::new(backing, file.metadata().unwrap().len(), "serial-of-vda", read_only, no_log()).unwrap();
         Self { driver: Driver::new(Box::new(block)), file }
     }
 
@@ -27,9 +35,10 @@ impl Disk {
     fn request(&mut self, kind: u32, sector: u64, data: &[u8], room: usize) -> (u32, Vec<u8>) {
         self.driver.offer(0, &message(kind, sector, data), &[room, 1]);
         self.driver.run(0).unwrap();
-        let (written, mut bytes) = self.driver.completed(0).unwrap();
-        assert_eq!(written as usize, room + 1);
-        (bytes.pop().unwrap().into(), bytes)
+        let (written, mut bytes) = self.driver.wait_completed(0);
+        let status = bytes.pop().unwrap().into();
+        assert_eq!(written as usize, if status == VIRTIO_BLK_S_OK || room == 0 { room + 1 } else { 0 });
+        (status, bytes)
     }
 
     fn status(&mut self, kind: u32, sector: u64, data: &[u8], room: usize) -> u32 {
@@ -85,6 +94,7 @@ fn odd_lengths_and_data_in_the_wrong_direction_are_refused() {
     assert_eq!(disk.status(VIRTIO_BLK_T_OUT, 0, &[0; 512], 512), VIRTIO_BLK_S_IOERR);
     assert_eq!(disk.status(VIRTIO_BLK_T_FLUSH, 0, &[0; 512], 0), VIRTIO_BLK_S_IOERR);
     assert_eq!(disk.status(VIRTIO_BLK_T_GET_ID, 0, &[], 19), VIRTIO_BLK_S_IOERR);
+    assert_eq!(disk.status(VIRTIO_BLK_T_GET_ID, 0, &[], 21), VIRTIO_BLK_S_IOERR);
     assert_eq!(disk.status(VIRTIO_BLK_T_DISCARD, 0, &[0; 15], 0), VIRTIO_BLK_S_IOERR);
     assert_eq!(disk.status(77, 0, &[], 0), VIRTIO_BLK_S_UNSUPP);
 }
@@ -150,24 +160,258 @@ fn a_format_that_the_guest_writes_changes_nothing() {
     assert_eq!(disk.status(VIRTIO_BLK_T_OUT, 0, &header, 0), VIRTIO_BLK_S_OK);
     let file = disk.file.try_clone().unwrap();
     let size = file.metadata().unwrap().len();
-    let again = Block::new(file.try_clone().unwrap().into(), size, "", false);
+    let again = Block::new(OwnedFd::from(file.try_clone().unwrap()), size, "", false, no_log()).unwrap();
     assert_eq!(again.state.sectors, SECTORS);
     let mut disk = Disk { driver: Driver::new(Box::new(again)), file };
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, 0, &[], 512), (VIRTIO_BLK_S_OK, header));
 }
 
 #[test]
-fn one_call_serves_a_bounded_number_of_requests() {
+fn one_call_takes_a_bounded_number_of_requests() {
     let mut disk = Disk::new(false);
-    for _ in 0..MAX_REQUESTS + 1 {
+    for _ in 0..TURN.chains + 1 {
         disk.driver.offer(0, &message(VIRTIO_BLK_T_FLUSH, 0, &[]), &[1]);
     }
     disk.driver.run(0).unwrap();
-    let served = std::iter::from_fn(|| disk.driver.completed(0)).count();
-    assert_eq!(served, MAX_REQUESTS);
+    assert_eq!(usize::from(disk.driver.queues[0].registers().next_avail()), TURN.chains);
     assert!(disk.driver.queues[0].take_call_again());
     disk.driver.run(0).unwrap();
-    assert!(disk.driver.completed(0).is_some());
+    for _ in 0..TURN.chains + 1 {
+        assert_eq!(disk.driver.wait_completed(0).1, [VIRTIO_BLK_S_OK as u8]);
+    }
+}
+
+fn no_log() -> Logger {
+    Logger::root(slog::Discard, slog::o!())
+}
+
+/// A backing that does what a test says.
+struct Fake {
+    /// Sends the name of each call.
+    calls: mpsc::Sender<&'static str>,
+    /// Each call waits until this is true.
+    open: Arc<(Mutex<bool>, Condvar)>,
+    /// What fallocate fails with.
+    fallocate: Option<i32>,
+    /// What a write fails with.
+    write: Option<i32>,
+    file: File,
+}
+
+/// The test's end of it.
+struct Control {
+    calls: mpsc::Receiver<&'static str>,
+    open: Arc<(Mutex<bool>, Condvar)>,
+    file: File,
+}
+
+const FAKE_SIZE: u64 = 4 << 20;
+
+impl Fake {
+    fn new() -> (Self, Control) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(FAKE_SIZE).unwrap();
+        let (sender, calls) = mpsc::channel();
+        let open = Arc::new((Mutex::new(true), Condvar::new()));
+        let control = Control { calls, open: open.clone(), file: file.try_clone().unwrap() };
+        (Self { calls: sender, open, fallocate: None, write: None, file }, control)
+    }
+
+    fn called(&self, name: &'static str) {
+        let _ = self.calls.send(name);
+        let mut open = self.open.0.lock().unwrap();
+        while !*open {
+            open = self.open.1.wait(open).unwrap();
+        }
+    }
+
+    fn disk(self, log: Logger) -> Driver {
+        Driver::new(Box::new(Block::new(self, FAKE_SIZE, "fake", false, log).unwrap()))
+    }
+}
+
+impl Backing for Fake {
+    fn read_at(&self, data: &mut [u8], position: u64) -> io::Result<usize> {
+        self.called("read");
+        self.file.read_at(data, position)
+    }
+    fn write_at(&self, data: &[u8], position: u64) -> io::Result<usize> {
+        self.called("write");
+        match self.write {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => self.file.write_at(data, position),
+        }
+    }
+    fn fallocate(&self, _: FallocateFlags, _: u64, _: u64) -> io::Result<()> {
+        self.called("fallocate");
+        self.fallocate.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.called("sync");
+        Ok(())
+    }
+}
+
+impl Control {
+    fn set_open(&self, open: bool) {
+        *self.open.0.lock().unwrap() = open;
+        self.open.1.notify_all();
+    }
+}
+
+fn one(driver: &mut Driver, kind: u32, sector: u64, data: &[u8], room: usize) -> (u32, Vec<u8>) {
+    driver.offer(0, &message(kind, sector, data), &[room, 1]);
+    driver.run(0).unwrap();
+    let (_, mut bytes) = driver.wait_completed(0);
+    (bytes.pop().unwrap().into(), bytes)
+}
+
+#[test]
+fn what_a_block_device_with_large_sectors_cannot_zero_is_written() {
+    for errno in [libc::EINVAL, libc::EOPNOTSUPP, libc::ENODEV] {
+        let (mut fake, control) = Fake::new();
+        fake.fallocate = Some(errno);
+        let mut driver = fake.disk(no_log());
+        control.file.write_all_at(&[7; 4096], 0).unwrap();
+        assert_eq!(one(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, 0, &segment(1, 1, 0), 0).0, VIRTIO_BLK_S_OK);
+        assert_eq!(one(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, 0, &segment(3, 1, 1), 0).0, VIRTIO_BLK_S_OK);
+        assert_eq!(one(&mut driver, VIRTIO_BLK_T_DISCARD, 0, &segment(4, 1, 0), 0).0, VIRTIO_BLK_S_OK);
+        let content = one(&mut driver, VIRTIO_BLK_T_IN, 0, &[], 2560).1;
+        assert_eq!(content, [[7; 512], [0; 512], [7; 512], [0; 512], [7; 512]].concat());
+    }
+    let (mut fake, _control) = Fake::new();
+    fake.fallocate = Some(libc::EIO);
+    let mut driver = fake.disk(no_log());
+    assert_eq!(one(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, 0, &segment(1, 1, 0), 0).0, VIRTIO_BLK_S_IOERR);
+}
+
+#[test]
+fn without_flush_each_change_is_durable_before_it_is_completed() {
+    for flush in [false, true] {
+        let (fake, control) = Fake::new();
+        let mut driver = fake.disk(no_log());
+        if !flush {
+            driver.features &= !(1 << VIRTIO_BLK_F_FLUSH);
+        }
+        let two_pieces = vec![1; PIECE + 512];
+        for (kind, data) in [
+            (VIRTIO_BLK_T_OUT, two_pieces),
+            (VIRTIO_BLK_T_WRITE_ZEROES, segment(0, 1, 0)),
+            (VIRTIO_BLK_T_DISCARD, segment(0, 1, 0)),
+        ] {
+            assert_eq!(one(&mut driver, kind, 0, &data, 0).0, VIRTIO_BLK_S_OK);
+            let calls: Vec<_> = control.calls.try_iter().collect();
+            assert_eq!(calls.iter().filter(|call| **call == "sync").count(), usize::from(!flush), "{calls:?}");
+            assert_eq!(calls.last() == Some(&"sync"), !flush, "{calls:?}");
+        }
+    }
+}
+
+#[test]
+fn a_large_request_goes_piece_by_piece() {
+    let (fake, control) = Fake::new();
+    let mut driver = fake.disk(no_log());
+    let data: Vec<u8> = (0..3 << 20).map(|n: u32| (n % 251) as u8).collect();
+    assert_eq!(one(&mut driver, VIRTIO_BLK_T_OUT, 1, &data, 0).0, VIRTIO_BLK_S_OK);
+    assert_eq!(control.calls.try_iter().count(), data.len() / PIECE);
+    assert_eq!(one(&mut driver, VIRTIO_BLK_T_IN, 1, &[], data.len()), (VIRTIO_BLK_S_OK, data));
+}
+
+#[test]
+fn a_file_that_does_not_answer_gets_a_bounded_number_of_bytes() {
+    let (fake, control) = Fake::new();
+    control.set_open(false);
+    let mut driver = fake.disk(no_log());
+    for _ in 0..8 {
+        driver.offer(0, &message(VIRTIO_BLK_T_IN, 0, &[]), &[PIECE, 1]);
+    }
+    driver.run(0).unwrap();
+    driver.run(0).unwrap();
+    assert_eq!(usize::from(driver.queues[0].registers().next_avail()), MAX_AHEAD / PIECE);
+    assert!(driver.completed(0).is_none());
+    control.set_open(true);
+    for _ in 0..8 {
+        assert_eq!(driver.wait_completed(0).0 as usize, PIECE + 1);
+    }
+}
+
+#[test]
+fn a_reset_waits_for_nothing_and_its_requests_are_never_heard_of_again() {
+    let (fake, control) = Fake::new();
+    control.set_open(false);
+    control.file.write_all_at(&[7; 512], 0).unwrap();
+    let mut driver = fake.disk(no_log());
+    for _ in 0..3 {
+        driver.offer(0, &message(VIRTIO_BLK_T_IN, 0, &[]), &[512, 1]);
+    }
+    driver.run(0).unwrap();
+    assert_eq!(control.calls.recv().unwrap(), "read");
+    driver.reset();
+    // One for the new life; the two that had not begun are never done.
+    driver.offer(0, &message(VIRTIO_BLK_T_FLUSH, 0, &[]), &[1]);
+    driver.run(0).unwrap();
+    control.set_open(true);
+    assert_eq!(driver.wait_completed(0), (1, vec![VIRTIO_BLK_S_OK as u8]));
+    assert_eq!(control.calls.try_iter().collect::<Vec<_>>(), ["sync"]);
+    assert!(driver.completed(0).is_none());
+    let mut buffer = [0; 3 * 513];
+    driver.memory.read_slice(&mut buffer, driver.first_buffer()).unwrap();
+    assert_eq!(buffer[16..16 + 513], [0; 513], "guest memory is as it was");
+}
+
+#[test]
+fn a_failed_request_is_logged_with_its_error() {
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let lines = Lines::default();
+    let (mut fake, _control) = Fake::new();
+    fake.write = Some(libc::ENOSPC);
+    let mut driver = fake.disk(caisson_log::logger("vmm", lines.clone(), slog::Level::Info));
+    for _ in 0..3 {
+        assert_eq!(one(&mut driver, VIRTIO_BLK_T_OUT, 0, &[1; 512], 0).0, VIRTIO_BLK_S_IOERR);
+    }
+    let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    assert!(text.contains("disk request failed") && text.contains("os error 28") && text.contains("write"), "{text}");
+    assert_eq!(text.lines().count(), 2, "the first and the second of three: {text}");
+}
+
+#[test]
+fn a_restored_disk_goes_on_where_it_was() {
+    let (fake, control) = Fake::new();
+    control.file.write_all_at(&[7; 512], PIECE as u64).unwrap();
+    let mut block = Block::new(fake, FAKE_SIZE, "fake", false, no_log()).unwrap();
+    let mut state = block.state().clone();
+    let len = PIECE + 512;
+    state.in_flight.insert(0, InFlight { request: Request::Read { position: 0, len }, done: PIECE });
+    block.restore(state);
+    let mut driver = Driver::new(Box::new(block));
+    driver.offer(0, &message(VIRTIO_BLK_T_IN, 0, &[]), &[len, 1]);
+    driver.queues[0].pop(&driver.memory).unwrap();
+    driver.run(0).unwrap();
+    let (written, bytes) = driver.wait_completed(0);
+    assert_eq!(written as usize, len + 1);
+    assert_eq!(bytes[PIECE..], [vec![7; 512], vec![0]].concat());
+    assert_eq!(control.calls.try_iter().count(), 1);
+}
+
+#[test]
+fn a_request_that_is_made_available_twice_stops_the_device() {
+    let (fake, control) = Fake::new();
+    control.set_open(false);
+    let mut driver = fake.disk(no_log());
+    driver.offer(0, &message(VIRTIO_BLK_T_FLUSH, 0, &[]), &[1]);
+    driver.offer_again(0, 0);
+    assert!(matches!(driver.run(0), Err(DeviceError::Protocol(_))));
+    control.set_open(true);
 }
 
 proptest! {

@@ -37,7 +37,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::{requests::Waiting, slots::Slots, wire::Reply};
-use super::{Chain, Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
+use super::{Chain, Context, DeviceError, Poll, PollToken, Turn, VirtioDevice, read_config_bytes};
 
 #[cfg(test)]
 mod hostile_tests;
@@ -67,6 +67,9 @@ const BATCH: usize = 64;
 
 /// Bytes of requests or replies after which a batch ends, too: some 100 us of copying.
 const BATCH_BYTES: usize = 1 << 20;
+
+/// The same for requests.
+const TURN: Turn = Turn { chains: BATCH, bytes: BATCH_BYTES };
 
 /// After this time a request for which the host had no memory is tried again.
 const RETRY_AFTER: Duration = Duration::from_millis(2);
@@ -332,10 +335,6 @@ impl VirtioDevice for FsDevice {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
-    }
-
-    fn features(&self) -> u64 {
-        0
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

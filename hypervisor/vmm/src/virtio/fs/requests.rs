@@ -19,11 +19,11 @@ use serde::{Deserialize, Serialize};
 use slog::warn;
 
 use super::{
-    Alarm, BATCH, BATCH_BYTES, FsDevice, Link, QUEUE_SIZES, answer,
+    Alarm, FsDevice, Link, QUEUE_SIZES, TURN, answer,
     slots::{InFlight, Slots},
     wire::{Kind, REQUEST_HEADER, Reply, Request},
 };
-use crate::virtio::{Chain, Context, DeviceError};
+use crate::virtio::{Chain, Context, DeviceError, Served};
 
 /// A request and the room for its reply together, bytes: above this it is a large one.
 const SMALL: usize = 8 << 10;
@@ -76,41 +76,22 @@ impl FsDevice {
         if let Some(ring) = context.queues.get_mut(queue) {
             ring.disable_notification(context.memory)?;
         }
-        let mut bytes = 0;
-        for _ in 0..BATCH {
+        crate::virtio::serve(context, queue, TURN, |context, chain| {
             // The driver need not notify while the socket is full: both queues are looked at again when there is room.
             if self.link == Link::Full {
-                return Ok(());
+                return Ok(Served::Refused);
             }
-            if bytes >= BATCH_BYTES {
-                break;
-            }
-            let Some(chain) = context.pop(queue)? else {
-                let Some(ring) = context.queues.get_mut(queue) else { return Ok(()) };
-                if !ring.enable_notification(context.memory)? {
-                    return Ok(());
-                }
-                continue;
-            };
-            bytes = bytes.saturating_add(chain.readable.len());
             // A large request goes behind those that wait already.
-            if large_bytes(&chain) > 0 && !self.state.waiting.is_empty() {
-                self.wait(context, queue, &chain)?;
-                continue;
+            if large_bytes(chain) > 0 && !self.state.waiting.is_empty() {
+                self.wait(context, queue, chain)?;
+                return Ok(Served::Taken);
             }
-            match self.forward(context, queue, &chain)? {
-                Forwarded::Done => {}
-                Forwarded::Wait => self.wait(context, queue, &chain)?,
-                Forwarded::Full => {
-                    if let Some(ring) = context.queues.get_mut(queue) {
-                        ring.unpop();
-                    }
-                }
+            match self.forward(context, queue, chain)? {
+                Forwarded::Done => Ok(Served::Taken),
+                Forwarded::Wait => self.wait(context, queue, chain).map(|()| Served::Taken),
+                Forwarded::Full => Ok(Served::Refused),
             }
-        }
-        if let Some(ring) = context.queues.get_mut(queue) {
-            ring.call_again();
-        }
+        })?;
         Ok(())
     }
 

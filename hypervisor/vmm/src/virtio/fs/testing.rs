@@ -21,7 +21,7 @@ use super::{
 };
 use crate::virtio::VirtQueue;
 
-pub(super) const SIZE: u16 = 64;
+pub(super) const SIZE: u16 = 512;
 pub(super) const REQUESTS: usize = 1;
 
 /// Remembers what is watched.
@@ -61,8 +61,8 @@ pub(super) struct Machine {
 pub(super) type Piece = (u64, u32, bool);
 
 pub(super) const TABLE: u64 = 0x1000;
-pub(super) const AVAILABLE: u64 = 0x2000;
-pub(super) const USED: u64 = 0x3000;
+pub(super) const AVAILABLE: u64 = 0x4000;
+pub(super) const USED: u64 = 0x6000;
 /// Where requests and replies of chain `head` lie in these tests.
 pub(super) fn request_at(head: u16) -> u64 {
     0x10_0000 + u64::from(head) * 0x20_0000

@@ -155,6 +155,11 @@ impl MmioDevice {
         }
     }
 
+    /// Whether the device holds bytes of the guest for somebody who is slow to read them.
+    pub fn has_undelivered(&self) -> bool {
+        self.lock().device.has_undelivered()
+    }
+
     /// A vCPU reads at `offset` of the register page, where KVM does not show it the page itself.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         self.page.read(offset, data);
@@ -204,15 +209,19 @@ impl MmioDevice {
         signal(&self.interrupt);
     }
 
-    /// Brings the device to where the registers are: reset, then active.
-    fn settle(&self, inner: &mut Inner, poll: &mut dyn Poll) {
-        if std::mem::take(&mut inner.reset_due) {
+    /// Brings the device to where the registers are: reset, then active. Whether there was a reset.
+    fn settle(&self, inner: &mut Inner, poll: &mut dyn Poll) -> bool {
+        let reset = std::mem::take(&mut inner.reset_due);
+        if reset {
             inner.device.reset(poll);
         }
         if inner.registers.is_live() && inner.queues.is_none() {
             match inner.registers.queues().iter().map(|queue| self.build_queue(inner, queue)).collect() {
                 Ok(queues) => inner.queues = Some(queues),
-                Err(error) => return self.fail(inner, poll, &error),
+                Err(error) => {
+                    self.fail(inner, poll, &error);
+                    return reset;
+                }
             }
             self.call(inner, poll, |device, context| {
                 device.activate(context)?;
@@ -220,6 +229,7 @@ impl MmioDevice {
                 (0..context.queues.len()).try_for_each(|queue| device.queue_ready(context, queue))
             });
         }
+        reset
     }
 
     fn build_queue(&self, inner: &Inner, registers: &QueueRegisters) -> Result<VirtQueue, DeviceError> {
@@ -286,16 +296,18 @@ impl MmioDevice {
 
     fn handle(&self, fd: RawFd, token: PollToken, events: EventSet, poll: &mut dyn Poll) {
         let mut inner = self.lock();
-        self.settle(&mut inner, poll);
+        let reset = self.settle(&mut inner, poll);
         if fd == self.wake.as_raw_fd() {
             let _ = self.wake.read();
         } else if let Some((queue, event)) = self.notify.iter().enumerate().find(|(_, event)| event.as_raw_fd() == fd) {
             // The counter says how often the driver notified since the last time.
             self.notifications.fetch_add(event.read().unwrap_or(0), Ordering::Relaxed);
             self.call(&mut inner, poll, |device, context| device.queue_ready(context, queue));
-        } else {
+        } else if !reset {
             self.call(&mut inner, poll, |device, context| device.descriptor_ready(context, token, events));
         }
+        // After a reset, the event is of a descriptor that the device watched before, and its number may mean another one
+        // now. What is true of that one will be reported: epoll does so for each descriptor that is added.
     }
 }
 
@@ -315,6 +327,8 @@ fn signal(event: &EventFd) {
 /// A device on the event loop.
 pub struct DeviceEvents {
     device: std::sync::Arc<MmioDevice>,
+    /// The first of its own descriptors that could not be watched.
+    failure: Option<event_manager::Error>,
     /// Watches that rest: taken out of epoll, because it reports hang-ups even to those who ask for nothing.
     resting: BTreeSet<RawFd>,
 }
@@ -322,7 +336,12 @@ pub struct DeviceEvents {
 impl DeviceEvents {
     /// Ready to be added to an event manager.
     pub fn new(device: std::sync::Arc<MmioDevice>) -> Self {
-        Self { device, resting: BTreeSet::new() }
+        Self { device, failure: None, resting: BTreeSet::new() }
+    }
+
+    /// Why the device cannot be served, if it was added to an event manager in vain.
+    pub fn take_failure(&mut self) -> Option<event_manager::Error> {
+        self.failure.take()
     }
 }
 
@@ -335,7 +354,7 @@ impl MutEventSubscriber for DeviceEvents {
     fn init(&mut self, ops: &mut EventOps) {
         for event in self.device.notify.iter().chain([&self.device.wake]) {
             if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
-                slog::error!(self.device.log, "cannot watch a queue"; "device" => self.device.name, "error" => %error);
+                self.failure.get_or_insert(error);
             }
         }
     }

@@ -1,36 +1,25 @@
 //! The transport with real devices behind it, against drivers that do anything in any order; without KVM: register
 //! accesses are calls, notifications are events.
 
-use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 
 use proptest::prelude::*;
+use rustix::event::Timespec;
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::Bytes;
 
 use super::*;
-use crate::virtio::{block::Block, rng::Rng};
+use crate::virtio::{
+    block::{Backing, Block},
+    rng::Rng,
+    testing::Watched,
+};
 
 const MEMORY: usize = 0x8000;
 const TABLE: u32 = 0x1000;
 const AVAILABLE: u32 = 0x2000;
 const USED: u32 = 0x3000;
 const BUFFER: u32 = 0x4000;
-
-#[derive(Default)]
-struct Watched(BTreeSet<RawFd>);
-
-impl Poll for Watched {
-    fn add(&mut self, fd: RawFd, _: PollToken, _: EventSet) -> io::Result<()> {
-        self.0.insert(fd);
-        Ok(())
-    }
-    fn modify(&mut self, _: RawFd, _: PollToken, _: EventSet) -> io::Result<()> {
-        Ok(())
-    }
-    fn remove(&mut self, fd: RawFd) {
-        self.0.remove(&fd);
-    }
-}
 
 struct Machine {
     device: MmioDevice,
@@ -76,6 +65,16 @@ impl Machine {
                 device.handle(event.as_raw_fd(), 0, EventSet::IN, &mut self.poll);
             }
         }
+        self.serve_descriptors(Timespec::default());
+    }
+
+    /// Waits for one of the device's own descriptors until `timeout`; false if none was ready.
+    fn serve_descriptors(&mut self, timeout: Timespec) -> bool {
+        let ready = self.poll.ready(timeout);
+        for (fd, token) in &ready {
+            self.device.handle(*fd, *token, EventSet::IN, &mut self.poll);
+        }
+        !ready.is_empty()
     }
 
     fn notify(&mut self, queue: usize) {
@@ -235,6 +234,128 @@ fn a_malformed_chain_stops_the_device_until_the_reset() {
     assert_eq!(machine.used(), 1);
 }
 
+/// Watches a descriptor while it is active, and counts what it hears.
+struct Listener {
+    event: EventFd,
+    heard: std::sync::Arc<AtomicU64>,
+}
+
+impl VirtioDevice for Listener {
+    fn name(&self) -> &'static str {
+        "listener"
+    }
+    fn device_id(&self) -> u32 {
+        99
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[8]
+    }
+    fn activate(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        context.poll.add(self.event.as_raw_fd(), 7, EventSet::IN).unwrap();
+        Ok(())
+    }
+    fn queue_ready(&mut self, _: &mut Context, _: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn descriptor_ready(&mut self, _: &mut Context, token: PollToken, _: EventSet) -> Result<(), DeviceError> {
+        self.heard.fetch_add(token.into(), Ordering::Relaxed);
+        Ok(())
+    }
+    fn reset(&mut self, poll: &mut dyn Poll) {
+        poll.remove(self.event.as_raw_fd());
+    }
+}
+
+#[test]
+fn what_epoll_reported_before_a_reset_is_not_for_the_device_after_it() {
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    let heard = std::sync::Arc::new(AtomicU64::new(0));
+    let fd = event.as_raw_fd();
+    let mut machine = Machine::new(Box::new(Listener { event, heard: heard.clone() }));
+    machine.go_live();
+    machine.device.handle(fd, 7, EventSet::IN, &mut machine.poll);
+    assert_eq!(heard.load(Ordering::Relaxed), 7);
+    // Epoll has reported it; before the loop comes to it, the driver resets the device and sets it up again.
+    machine.set_up(false);
+    machine.write(VIRTIO_MMIO_STATUS, 15);
+    machine.device.handle(fd, 7, EventSet::IN, &mut machine.poll);
+    assert_eq!(heard.load(Ordering::Relaxed), 7);
+    machine.device.handle(fd, 7, EventSet::IN, &mut machine.poll);
+    assert_eq!(heard.load(Ordering::Relaxed), 14);
+}
+
+#[test]
+fn a_descriptor_that_cannot_be_watched_is_reported() {
+    use event_manager::{EventManager, SubscriberOps};
+    let device = std::sync::Arc::new(Machine::rng().device);
+    let mut events = EventManager::<DeviceEvents>::new().unwrap();
+    let first = events.add_subscriber(DeviceEvents::new(device.clone()));
+    assert!(events.subscriber_mut(first).unwrap().take_failure().is_none());
+    let again = events.add_subscriber(DeviceEvents::new(device));
+    assert!(events.subscriber_mut(again).unwrap().take_failure().is_some());
+}
+
+#[test]
+fn a_disk_that_hangs_holds_neither_its_registers_nor_the_loop() {
+    struct Hung(std::sync::mpsc::Receiver<()>, std::sync::mpsc::Sender<()>);
+    impl Backing for Hung {
+        fn read_at(&self, data: &mut [u8], _: u64) -> io::Result<usize> {
+            self.1.send(()).unwrap();
+            self.0.recv().unwrap();
+            data.fill(0xee);
+            Ok(data.len())
+        }
+        fn write_at(&self, data: &[u8], _: u64) -> io::Result<usize> {
+            Ok(data.len())
+        }
+        fn fallocate(&self, _: rustix::fs::FallocateFlags, _: u64, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+        fn sync(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let (release, hang) = std::sync::mpsc::channel();
+    let (reading, read_begun) = std::sync::mpsc::channel();
+    let log = Logger::root(slog::Discard, slog::o!());
+    let disk = Block::new(Hung(hang, reading), 1 << 20, "", false, log).unwrap();
+    let mut machine = Machine::new(Box::new(disk));
+    machine.go_live();
+    // A read of 512 bytes: header, data, status.
+    let descriptor = |n: u64, address: u32, len: u32, flags: u16| {
+        let at = u64::from(TABLE) + n * 16;
+        machine.memory.write_obj(u64::from(address), GuestAddress(at)).unwrap();
+        machine.memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+        machine.memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        machine.memory.write_obj(n as u16 + 1, GuestAddress(at + 14)).unwrap();
+    };
+    descriptor(0, BUFFER, 16, 1);
+    descriptor(1, BUFFER + 0x1000, 512, 3);
+    descriptor(2, BUFFER + 0x2000, 1, 2);
+    machine.memory.write_obj(0u16, GuestAddress(u64::from(AVAILABLE) + 4)).unwrap();
+    machine.memory.write_obj(1u16, GuestAddress(u64::from(AVAILABLE) + 2)).unwrap();
+    machine.notify(0);
+    read_begun.recv().unwrap();
+    // The file hangs now; the driver gives up.
+    machine.write(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(machine.read(VIRTIO_MMIO_STATUS), 0);
+    let before = machine.all_memory();
+    machine.serve();
+    machine.set_up(false);
+    machine.write(VIRTIO_MMIO_STATUS, 15);
+    machine.serve();
+    // The same request again, for the new life; the second answer of the file is its own.
+    read_begun.try_recv().unwrap_err();
+    release.send(()).unwrap();
+    read_begun.recv().unwrap();
+    assert!(machine.all_memory() == before, "the first answer came too late and is not in guest memory");
+    release.send(()).unwrap();
+    while machine.used() == 0 {
+        assert!(machine.serve_descriptors(Timespec { tv_sec: 60, tv_nsec: 0 }), "the second answer");
+    }
+    assert_eq!(machine.memory.read_obj::<u8>(GuestAddress(u64::from(BUFFER) + 0x1000)).unwrap(), 0xee);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(u64, Vec<u8>),
@@ -270,7 +391,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 fn block() -> Box<dyn VirtioDevice> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(0x8000).unwrap();
-    Box::new(Block::new(file.into(), 0x8000, "", false))
+    let log = Logger::root(slog::Discard, slog::o!());
+    Box::new(Block::new(OwnedFd::from(file), 0x8000, "", false, log).unwrap())
 }
 
 proptest! {

@@ -87,6 +87,25 @@ fn malformed_chains_are_told_apart() {
 }
 
 #[test]
+fn an_indirect_table_has_no_more_descriptors_than_the_queue() {
+    for (count, fits) in [(SIZE, true), (SIZE + 1, false)] {
+        let memory = memory();
+        let table: Vec<_> = (1..=count).map(|n| raw(0x1000, 1, if n < count { NEXT } else { 0 }, n)).collect();
+        write_table(&memory, 0xc00, &table);
+        write_table(&memory, TABLE, &[raw(0xc00, u32::from(count) * 16, INDIRECT, 0)]);
+        let mut queue = queue(&memory, &[0]);
+        let popped = queue.pop(&memory).map(|chain| chain.map(|chain| chain.readable.len()));
+        let again = queue.chain(&memory, 0).map(|chain| chain.readable.len());
+        if fits {
+            assert_eq!((popped.unwrap(), again.unwrap()), (Some(count.into()), count.into()));
+        } else {
+            assert!(matches!(popped, Err(QueueError::Descriptors { head: 0, size: SIZE })), "{popped:?}");
+            assert!(matches!(again, Err(QueueError::Descriptors { head: 0, size: SIZE })), "{again:?}");
+        }
+    }
+}
+
+#[test]
 fn a_zero_length_descriptor_is_nothing() {
     assert_eq!(one(&[raw(0x1000, 0, NEXT, 1), raw(0x1000, 3, WRITE, 0)]).unwrap(), (0, 3));
 }

@@ -306,6 +306,10 @@ impl VirtioDevice for Vsock {
         u32::try_from(self.streams.len()).unwrap_or(u32::MAX)
     }
 
+    fn has_undelivered(&self) -> bool {
+        self.streams.any(HostEnd::has_spill)
+    }
+
     fn reset(&mut self, poll: &mut dyn Poll) {
         self.listener.reset(poll);
         self.streams.clear().iter_mut().for_each(|host| host.close(poll));

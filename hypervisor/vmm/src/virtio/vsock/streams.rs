@@ -214,6 +214,11 @@ impl<H> Streams<H> {
         Some(stream.host)
     }
 
+    /// Whether this holds for the host's end of a stream.
+    pub fn any(&self, is: impl Fn(&H) -> bool) -> bool {
+        self.slots.iter().filter_map(|slot| slot.stream.as_ref()).any(|stream| is(&stream.host))
+    }
+
     /// Ids of all streams.
     pub fn ids(&self) -> Vec<StreamId> {
         self.slots.iter().filter(|slot| slot.stream.is_some()).map(|slot| slot.id).collect()
