@@ -169,6 +169,7 @@ fn config(kernel: u8) -> MachineConfig {
         vsock: None,
         disks: Vec::new(),
         shares: Vec::new(),
+        networks: Vec::new(),
     }
 }
 
