@@ -146,7 +146,7 @@ impl Descriptors {
     pub fn tap(&mut self, index: DescriptorIndex, what: &str) -> Result<(OwnedFd, TapInfo), DescriptorError> {
         let fd = self.take(index, what)?;
         let info = tap::describe(&fd);
-        let info = info.ok_or_else(|| wrong(what, "a queue of a tap with IFF_NO_PI and IFF_VNET_HDR"))?;
+        let info = info.ok_or_else(|| wrong(what, "an attached queue of a tap with IFF_VNET_HDR"))?;
         check_access(&fd, what, Access::ReadWrite)?;
         if !fcntl_getfl(&fd).map_err(system(what))?.contains(OFlags::NONBLOCK) {
             return Err(wrong(what, "non-blocking: set O_NONBLOCK on it"));

@@ -160,7 +160,7 @@ mod tests {
         for _ in 0..10 {
             limiter.take(u64::MAX, u64::MAX);
         }
-        assert!(limiter.ready(Duration::ZERO).unwrap_err() > Duration::from_secs(1 << 60));
+        assert!(limiter.ready(Duration::ZERO).unwrap_err() > Duration::from_secs(1 << 33));
         assert!(limiter.ready(Duration::MAX).is_ok() || limiter.ready(Duration::MAX).is_err());
     }
 

@@ -310,7 +310,7 @@ impl Receiver<'_> {
             return Ok(Step::Done(len));
         }
         if !room.take(context, self.queue, len)? {
-            if Self::is_hopeless(context, self.queue, room) {
+            if Self::never_fits(context, self.queue, room) {
                 self.stats.receive_dropped += 1;
                 *context.guest_faults += 1;
                 return Ok(Step::Done(len));
@@ -350,7 +350,7 @@ impl Receiver<'_> {
             return Ok(Step::Done(len));
         };
         if !room.take(context, self.queue, len)? {
-            if Self::is_hopeless(context, self.queue, room) {
+            if Self::never_fits(context, self.queue, room) {
                 self.stats.receive_dropped += 1;
                 *context.guest_faults += 1;
                 return Ok(Step::Done(len));
@@ -364,7 +364,7 @@ impl Receiver<'_> {
     }
 
     /// Whether all buffers that the queue can have at a time are too few.
-    fn is_hopeless(context: &Context, queue: usize, room: &Room) -> bool {
+    fn never_fits(context: &Context, queue: usize, room: &Room) -> bool {
         context.queues.get(queue).is_none_or(|ring| room.chains.len() >= ring.size())
     }
 
