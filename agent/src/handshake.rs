@@ -5,7 +5,7 @@
 //!   │ ── plan + descriptors ──────────►  │
 //!   │ ◄─ Born(pid) ────────────────────  │  with namespaces that hold from birth on only: its child is the container's
 //!   │ ── seen ────────────────────────►  │  process and goes on, and it ends
-//!   │                                    │  prepares
+//!   │                                    │  prepares (before Born where others live in the pid namespace already)
 //!   │ ◄─ Ready (+ terminal) ───────────  │  waits          or ◄─ Failed, and the stage ends
 //!   │ ── go ──────────────────────────►  │  execs
 //!   │ ◄─ end of stream ────────────────  │  the socket closed on exec: the program runs
@@ -42,9 +42,9 @@ const SEEN: u8 = 2;
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
     /// The process with this number in the agent's pid namespace takes over. It is this stage's child until the agent
-    /// has said that it knows.
+    /// has said that it knows. A terminal's master side comes beside it if the stage has prepared one already.
     Born(i32),
-    /// Prepared; the next is exec. A terminal's master side comes beside it.
+    /// Prepared; the next is exec. A terminal's master side comes beside it, unless it came before.
     Ready,
     /// It ends now.
     Failed(Failure),

@@ -1,8 +1,9 @@
-//! Starting a stage: the agent's own binary, executed anew, directly inside a pid namespace.
+//! Starting a stage: the agent's own binary, executed anew.
 //!
-//! A process enters a pid namespace only at its birth: `unshare` and `setns` change where the *next* child is born. So
-//! the agent's thread changes its own "namespace for children", starts the stage (one posix_spawn, no fork of the
-//! agent's memory) and changes back, all without an await in between. One exec is all that a container costs here.
+//! A process enters a pid namespace only at its birth: `unshare` and `setns` change where the *next* child is born. For
+//! a container's first process the agent's thread changes its own "namespace for children", starts the stage (one
+//! posix_spawn, no fork of the agent's memory) and changes back, all without an await in between. An exec's stage enters
+//! its container's itself, when it has given up its rights (stage/birth.rs).
 
 use std::{
     fs::File,
@@ -33,7 +34,7 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> LaunchErr
 pub enum PidNamespace<'a> {
     /// As process 1 of a new one.
     New,
-    /// In that of the process behind this pidfd, or behind this descriptor of the namespace itself.
+    /// In the one behind this descriptor.
     Of(&'a OwnedFd),
     /// In the agent's; it is not yet the container's process.
     Own,
@@ -65,8 +66,8 @@ impl Launcher {
         let ours = AgentEnd::new(ours).map_err(failed("make the stage's socket"))?;
         match namespace {
             PidNamespace::New => unshare(CloneFlags::CLONE_NEWPID).map_err(failed("make a pid namespace"))?,
-            PidNamespace::Of(pidfd) => {
-                setns(pidfd, CloneFlags::CLONE_NEWPID).map_err(failed("enter the container's pid namespace"))?;
+            PidNamespace::Of(namespace) => {
+                setns(namespace, CloneFlags::CLONE_NEWPID).map_err(failed("enter the joined pid namespace"))?;
             }
             PidNamespace::Own => {}
         }

@@ -36,6 +36,18 @@ impl Plan {
             Self::Exec(plan) => &plan.namespaces,
         }
     }
+
+    /// Whether the stage enters its pid namespace last, when it has no more rights than its program will have: a process
+    /// there with CAP_SYS_PTRACE could take over any other that it can name. (Who mounts /proc must be inside.)
+    pub fn enters_last(&self) -> bool {
+        matches!(self, Self::Exec(_))
+    }
+
+    /// Whether the agent sets a limit of the process: in a user namespace the stage may not raise any, and one that
+    /// enters its pid namespace last needs a process more than its program.
+    pub fn is_limited_from_outside(&self, limit: PosixRlimitType) -> bool {
+        self.namespaces().has_users() || self.enters_last() && limit == PosixRlimitType::RlimitNproc
+    }
 }
 
 /// A new container.

@@ -10,7 +10,7 @@ use crate::spec::SpecError;
 ///
 /// # Errors
 /// The first that the kernel refuses.
-pub fn set(pid: Option<i32>, limits: &[(Type, u64, u64)]) -> Result<(), SpecError> {
+pub fn set<'l>(pid: Option<i32>, limits: impl Iterator<Item = &'l (Type, u64, u64)>) -> Result<(), SpecError> {
     for (limit, soft, hard) in limits {
         let value = |n: u64| (n != u64::MAX).then_some(n);
         let new = Rlimit { current: value(*soft), maximum: value(*hard) };

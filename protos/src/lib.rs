@@ -4,15 +4,13 @@
 //!   `proto/agent.proto`;
 //! - [`monitor`]: the messages on caisson-vmm's control socket;
 //! - [`guest`]: ports, tags and paths that the host side and the guest side must agree on;
-//! - [`kvm`]: what of the host's KVM a machine needs;
-//! - [`weights`]: what a limit of the specification is in numbers of the kernel's, in the guest as on the host.
+//! - [`kvm`]: what of the host's KVM a machine needs.
 //!
 //! This crate holds types, constants and their encoding. It does no I/O.
 
 pub mod guest;
 pub mod kvm;
 pub mod monitor;
-pub mod weights;
 
 #[allow(missing_docs, clippy::all)]
 mod generated {

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Descriptors are numbered in the order in which they were attached to the packet that mentions them
-//! ([`DescriptorIndex`]). When the parent's end closes, caisson-vmm ends at once: a monitor never outlives its pod.
+//! ([`DescriptorIndex`]). When the parent's end closes, caisson-vmm ends at once: a monitor never outlives its pod. A packet
+//! that is not a command ends it, too, since nobody could be answered: [`ExitReason::MonitorError`] with the reason.
 //!
 //! Packets are postcard after one version byte ([`encode`], [`decode`]), at most [`MAX_PACKET`] bytes, with
 //! at most [`MAX_DESCRIPTORS`] descriptors.
@@ -30,7 +31,7 @@ pub const MAX_PACKET: usize = 64 * 1024;
 /// The most descriptors that one packet carries (Linux allows 253, SCM_MAX_FD in include/net/scm.h).
 pub const MAX_DESCRIPTORS: usize = 64;
 
-/// Which of the packet's descriptors is meant, counted from 0.
+/// Index of one of the packet's descriptors, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DescriptorIndex(pub u8);
 
@@ -158,7 +159,8 @@ pub struct GuestStream {
 pub struct DiskConfig {
     /// Up to 20 bytes of printable ASCII: the serial number that the guest sees (`/sys/block/vda/serial`).
     pub serial: String,
-    /// A regular file or block device. Its size is rounded down to whole 512-byte sectors. Never probed for a format.
+    /// A regular file or block device, opened without O_DIRECT and, to be written, without O_APPEND. Its size is rounded down to
+    /// whole 512-byte sectors. Never probed for a format.
     pub file: DescriptorIndex,
     /// Offered as read-only, and writes are refused whatever the guest sends.
     pub read_only: bool,
@@ -311,6 +313,9 @@ pub enum CodecError {
     /// Larger than [`MAX_PACKET`].
     #[error("control packet of {0} bytes exceeds {MAX_PACKET}")]
     TooLarge(usize),
+    /// Longer than its message.
+    #[error("malformed control packet: {0} bytes follow its message")]
+    Trailing(usize),
     /// Not what the type expects.
     #[error("malformed control packet: {0}")]
     Malformed(#[from] postcard::Error),
@@ -335,7 +340,7 @@ pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, CodecError> {
         return Err(CodecError::Version(*version));
     }
     let (message, rest) = postcard::take_from_bytes(body)?;
-    if rest.is_empty() { Ok(message) } else { Err(CodecError::TooLarge(packet.len())) }
+    if rest.is_empty() { Ok(message) } else { Err(CodecError::Trailing(rest.len())) }
 }
 
 #[cfg(test)]

@@ -2,14 +2,12 @@
 //! one is for the host, where the pod's processes are).
 //!
 //! - this file: making, freezing, killing, removing;
-//! - [`limits`]: writing limits, and taking them back;
 //! - [`stats`]: what was used, from the kernel's files (parsing is pure); `oom`: who was killed for want of memory;
 //! - [`devices`]: which devices may be used, as a BPF program (compiling is pure); [`bpf`]: bpf(2);
 //! - [`watch`]: waiting for what the kernel tells through its event files.
 
 pub mod bpf;
 pub mod devices;
-pub mod limits;
 mod oom;
 pub mod stats;
 pub mod watch;
@@ -23,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_oci::{CpuTime, write as limits};
 use nix::errno::Errno;
 
 use self::{devices::Devices, watch::Watch};
@@ -60,17 +59,8 @@ pub enum CgroupError {
         error: io::Error,
     },
     /// A limit that the kernel does not take, or has no controller for.
-    #[error("{field}: write {value:?} to {file}: {}", refusal(.error))]
-    Limit {
-        /// The specification's field.
-        field: String,
-        /// The cgroup's file.
-        file: String,
-        /// What was written.
-        value: String,
-        /// What the kernel said.
-        error: io::Error,
-    },
+    #[error(transparent)]
+    Limit(caisson_oci::write::WriteError),
     /// The device program does not go in.
     #[error("linux.resources.devices: {what}: {error}")]
     Devices {
@@ -87,13 +77,6 @@ pub enum CgroupError {
         /// The cgroup.
         path: PathBuf,
     },
-}
-
-fn refusal(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::NotFound => "there is no such file, so the kernel has no such limit".into(),
-        _ => error.to_string(),
-    }
 }
 
 fn io_error<'p>(what: &'static str, path: &'p Path) -> impl FnOnce(io::Error) -> CgroupError + use<'p> {
@@ -175,7 +158,9 @@ impl Cgroups {
         let path = self.parent.join(id);
         fs::create_dir(&path).map_err(io_error("make the cgroup", &path))?;
         let cgroup = Cgroup { path, program: Arc::default() };
-        let limited = cgroup.allow(&resources.devices).and_then(|()| limits::set(&cgroup.path, &resources.limits));
+        let limited = cgroup
+            .allow(&resources.devices)
+            .and_then(|()| limits::set(&cgroup.path, &resources.settings).map_err(CgroupError::Limit));
         if let Err(error) = limited {
             // It is empty, so this cannot fail for a reason that the caller could mend.
             let _ = fs::remove_dir(&cgroup.path);
@@ -279,7 +264,10 @@ impl Cgroup {
     /// What an Update has to know.
     pub fn present(&self) -> Present {
         let read = |name: &str| fs::read_to_string(self.path.join(name)).unwrap_or_default();
-        Present { cpu_max: read("cpu.max"), memory_current: stats::single(&read("memory.current")).unwrap_or(0) }
+        Present {
+            time: CpuTime::of_file(&read("cpu.max")),
+            memory_current: stats::single(&read("memory.current")).unwrap_or(0),
+        }
     }
 
     /// Changes limits; what `resources` does not name stays. Nothing changes if one is refused.
@@ -287,7 +275,7 @@ impl Cgroup {
     /// # Errors
     /// If the kernel refuses one. May block while the kernel reclaims memory.
     pub fn update(&self, resources: &Resources) -> Result<(), CgroupError> {
-        let undo = limits::change(&self.path, &resources.limits)?;
+        let undo = limits::change(&self.path, &resources.settings).map_err(CgroupError::Limit)?;
         if resources.names_devices
             && let Err(error) = self.allow(&resources.devices)
         {

@@ -205,14 +205,24 @@ impl Containers {
             let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             stage.send_plan(plan, &borrowed).await.map_err(trying("send the plan to the stage"))?;
             let mut answer = stage.receive().await.map_err(trying("hear from the stage"))?;
-            if let Some((Reply::Born(pid), _)) = answer {
+            let mut terminal = None;
+            if let Some((Reply::Born(pid), beside)) = answer {
                 self.reborn(process, pid);
+                terminal = beside;
+                if let Plan::Exec(exec) = plan {
+                    let file = exec.cgroup.join("cgroup.procs");
+                    let failed = |error| Error::Io { what: format!("write {pid} to {}", file.display()), error };
+                    std::fs::write(&file, pid.to_string()).map_err(failed)?;
+                }
                 stage.send_seen().await.map_err(trying("answer the stage"))?;
                 answer = stage.receive().await.map_err(trying("hear from the stage"))?;
             }
-            Ok(answer)
+            Ok((answer, terminal))
         };
-        match limited("preparing the process", limit, work).await? {
+        let (answer, from_stage) = limited("preparing the process", limit, work).await?;
+        match answer {
+            // What comes from beside the container's other processes is not relied on.
+            Some((Reply::Ready, _)) if plan.enters_last() => Ok(from_stage),
             Some((Reply::Ready, terminal)) => Ok(terminal),
             Some((Reply::Failed(failure), _)) => Err(failure.into()),
             Some((Reply::Born(_), _)) | None => Err(Error::StageEnded),

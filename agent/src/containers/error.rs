@@ -122,7 +122,7 @@ impl Error {
             | Self::Cells { .. }
             | Self::StderrWithTerminal(_)
             | Self::Spec(_)
-            | Self::Cgroup(CgroupError::Limit { .. }) => Code::INVALID_ARGUMENT,
+            | Self::Cgroup(CgroupError::Limit(_)) => Code::INVALID_ARGUMENT,
             Self::NoContainer(_) | Self::NoExec { .. } | Self::State { error: StateError::Finished, .. } => {
                 Code::NOT_FOUND
             }

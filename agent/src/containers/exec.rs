@@ -70,7 +70,7 @@ impl Containers {
             .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))
             .map_err(|error| Error::Io { what: format!("open process {init}"), error: error.into() })?;
         let cgroup = container.cgroup()?.path().to_owned();
-        let (_, mut stage) = self.launch(process, PidNamespace::Of(&pidfd))?;
+        let (_, mut stage) = self.launch(process, PidNamespace::Own)?;
         let namespaces = container.namespaces.clone();
         let plan = Plan::Exec(Box::new(ExecPlan { cgroup, namespaces, process: plan }));
         self.bring_up(process, &mut stage, &plan, vec![pidfd], streams).await?;

@@ -18,9 +18,8 @@ pub(super) fn set(pid: i32, plan: &Plan) -> Result<()> {
     let refused = |field: &str, value: String, error: std::io::Error| {
         SpecError::new(format!("process.{field}"), format!("{value}: {error}"))
     };
-    if plan.namespaces().has_users() {
-        rlimits::set(Some(pid), &process.rlimits)?;
-    }
+    let limits = process.rlimits.iter().filter(|(limit, ..)| plan.is_limited_from_outside(*limit));
+    rlimits::set(Some(pid), limits)?;
     if let Some(scheduler) = &process.scheduler {
         set_scheduler(pid, scheduler).map_err(|error| refused("scheduler", format!("{scheduler:?}"), error))?;
     }

@@ -30,6 +30,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use caisson_oci::FieldError;
 use oci_spec::runtime::{Linux, LinuxPersonalityDomain};
 
 use crate::{
@@ -53,6 +54,12 @@ pub struct SpecError {
 impl SpecError {
     pub(crate) fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self { field: field.into(), problem: problem.into() }
+    }
+}
+
+impl From<FieldError> for SpecError {
+    fn from(error: FieldError) -> Self {
+        Self { field: error.field, problem: error.message }
     }
 }
 

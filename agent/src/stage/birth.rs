@@ -13,8 +13,19 @@
 //!                                  │ tells the agent its number             │
 //!                                  └ ends ───────────────────────────────►  │ goes on as the stage
 //! ```
+//!
+//! The stage of an exec stays outside of its container's pid namespace until it has given up every right that its program
+//! is not to have, because a process there with CAP_SYS_PTRACE can take over any other that it can name, dumpable or not:
+//!
+//! ```text
+//!   stage ── joins, prepares, becomes the program's user ── clone ──► its child, in the pid namespace: begins a session,
+//!                                                           ends      takes the terminal, enters the program
+//! ```
 
-use std::{fs, os::fd::OwnedFd};
+use std::{
+    fs,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
@@ -29,7 +40,7 @@ use rustix::{
 use crate::{
     handshake::{Reply, StageEnd},
     idmap::{IdMapping, IdMaps, kernel_text},
-    plan::{Failure, FailureKind, NamespaceKind as Kind, NamespacePlan, Trying},
+    plan::{Failure, FailureKind, NamespaceKind as Kind, NamespacePlan, ProcessPlan, Trying},
     spec::namespaces::name,
     sys,
 };
@@ -77,9 +88,9 @@ pub(super) fn enter_new(plan: &NamespacePlan, joined: Vec<OwnedFd>, agent: &mut 
     unshare(rest).trying(|| "create the container's namespaces".into())
 }
 
-/// Enters the namespaces of a running container, but for the pid namespace, in which this process was born.
+/// Enters the namespaces of a running container; its pid namespace is the next child's.
 pub(super) fn enter_existing(plan: &NamespacePlan, init: &OwnedFd) -> Result<(), Failure> {
-    let mut all = flag(Kind::Ipc) | flag(Kind::Uts) | flag(Kind::Cgroup);
+    let mut all = flag(Kind::Pid) | flag(Kind::Ipc) | flag(Kind::Uts) | flag(Kind::Cgroup);
     if plan.makes(Kind::Time) || plan.joins(Kind::Time) {
         all |= flag(Kind::Time);
     }
@@ -97,7 +108,7 @@ pub(super) fn enter_existing(plan: &NamespacePlan, init: &OwnedFd) -> Result<(),
 fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> {
     let made = [Kind::User, Kind::Pid].into_iter().filter(|kind| plan.makes(*kind));
     let made = made.fold(CloneFlags::empty(), |all, kind| all | flag(kind));
-    let (wait, release) = pipe_with(PipeFlags::CLOEXEC).trying(|| "make a pipe".into())?;
+    let handover = Handover::new()?;
     // SAFETY: a stage has one thread.
     let born = unsafe { sys::fork_into(made) };
     let born = born.map_err(|error| {
@@ -105,25 +116,79 @@ fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> 
         Failure::new(FailureKind::Internal, format!("{what}: {error}"))
     })?;
     let Some(pid) = born else {
-        drop(release);
-        return match read(&wait, &mut [0]) {
-            Ok(1) => Ok(()),
-            // The other one tells the agent what went wrong, or is dead and so is the container.
-            _ => sys::exit_at_once(super::EXIT_FAILED),
-        };
+        handover.wait();
+        return Ok(());
     };
     if plan.makes(Kind::User)
         && let Err(failure) = map_ids(pid, &plan.ids)
     {
         // It ends without the word that it waits for. Waited for here, it is gone before the agent hears of the failure.
-        drop(release);
+        drop(handover);
         let _ = Pid::from_raw(pid).map(|pid| waitpid(Some(pid), WaitOptions::empty()));
         return Err(failure);
     }
-    agent.send(&Reply::Born(pid), None).trying(|| "tell the agent of the container's process".into())?;
-    agent.receive_seen().trying(|| "wait for the agent".into())?;
-    write(&release, &[0]).trying(|| "let the container's process go on".into())?;
-    sys::exit_at_once(0)
+    handover.give(pid, agent, None)
+}
+
+/// By what a child learns that it may go on.
+pub(super) struct Handover {
+    wait: OwnedFd,
+    release: OwnedFd,
+}
+
+impl Handover {
+    pub(super) fn new() -> Result<Self, Failure> {
+        let (wait, release) = pipe_with(PipeFlags::CLOEXEC).trying(|| "make a pipe".into())?;
+        Ok(Self { wait, release })
+    }
+
+    /// Goes on as a child in the pid namespace that was joined; this process has no rights left that its program is not
+    /// to have. `terminal` is the master side, which only the agent gets.
+    pub(super) fn enter_last(
+        self,
+        process: &ProcessPlan,
+        terminal: Option<OwnedFd>,
+        agent: &mut StageEnd,
+    ) -> Result<(), Failure> {
+        // SAFETY: a stage has one thread.
+        let born = unsafe { sys::fork_into(CloneFlags::empty()) };
+        let born = born.map_err(|error| {
+            let filtered = process.seccomp.is_some() && !process.no_new_privileges;
+            let (kind, hint) = match filtered {
+                true => {
+                    (FailureKind::Invalid, "; without noNewPrivileges the profile of linux.seccomp must allow clone")
+                }
+                false => (FailureKind::Internal, ""),
+            };
+            Failure::new(kind, format!("make a process in the container's pid namespace: {error}{hint}"))
+        })?;
+        match born {
+            Some(pid) => self.give(pid, agent, terminal.as_ref()),
+            None => {
+                self.wait();
+                Ok(())
+            }
+        }
+    }
+
+    /// In the child: waits until it may go on. Otherwise the other process reports what went wrong, or is dead and so is
+    /// this one.
+    fn wait(self) {
+        drop(self.release);
+        if read(&self.wait, &mut [0]) != Ok(1) {
+            sys::exit_at_once(super::EXIT_FAILED);
+        }
+    }
+
+    /// In the parent: lets the child go on when the agent knows it, and ends.
+    fn give(self, pid: i32, agent: &mut StageEnd, terminal: Option<&OwnedFd>) -> Result<(), Failure> {
+        agent
+            .send(&Reply::Born(pid), terminal.map(AsFd::as_fd))
+            .trying(|| "report the container's process to the agent".into())?;
+        agent.receive_seen().trying(|| "wait for the agent".into())?;
+        write(&self.release, &[0]).trying(|| "let the container's process go on".into())?;
+        sys::exit_at_once(0)
+    }
 }
 
 fn map_ids(pid: i32, ids: &IdMaps) -> Result<(), Failure> {

@@ -2,7 +2,7 @@
 //!
 //! The guest holds no program but the agent, so unlike with runc a hook comes from the image, and may do no more than
 //! the container: it is in its namespaces and cgroup, and what its processes cannot gain in capabilities it has not
-//! either.
+//! either; a createContainer hook does not have CAP_SYS_PTRACE, with which it could take over the stage that waits for it.
 
 use std::{
     fs::File,
@@ -17,11 +17,12 @@ use rustix::{
     fs::{MemfdFlags, memfd_create},
     io::Errno,
     process::{Pid, PidfdFlags, pidfd_open},
+    thread::CapabilitySet,
 };
 use serde_json::json;
 
 use super::identity;
-use crate::plan::{Failure, FailureKind, HookPlan, HookState, ProcessPlan, Trying};
+use crate::plan::{CapabilityPlan, Failure, FailureKind, HookPlan, HookState, ProcessPlan, Trying};
 
 /// As much of a failed hook's output as a message holds.
 const MAX_OUTPUT: u64 = 2048;
@@ -30,7 +31,7 @@ const MAX_OUTPUT: u64 = 2048;
 pub(super) fn create_container(hooks: &[HookPlan], about: &HookState, process: &ProcessPlan) -> Result<(), Failure> {
     hooks.iter().try_for_each(|hook| {
         let mut command = command(hook, process);
-        let (capabilities, no_new_privileges) = (process.capabilities, process.no_new_privileges);
+        let (capabilities, no_new_privileges) = (without_ptrace(process.capabilities), process.no_new_privileges);
         let confine = move || {
             identity::confine(&capabilities, no_new_privileges)
                 .map_err(|_| io::Error::from(io::ErrorKind::PermissionDenied))
@@ -39,6 +40,17 @@ pub(super) fn create_container(hooks: &[HookPlan], about: &HookState, process: &
         unsafe { command.pre_exec(confine) };
         run(hook, command, &state(about, "creating"))
     })
+}
+
+fn without_ptrace(plan: CapabilityPlan) -> CapabilityPlan {
+    let without = |set: u64| set & !CapabilitySet::SYS_PTRACE.bits();
+    CapabilityPlan {
+        bounding: without(plan.bounding),
+        effective: without(plan.effective),
+        permitted: without(plan.permitted),
+        inheritable: without(plan.inheritable),
+        ambient: without(plan.ambient),
+    }
 }
 
 /// Runs hooks one after the other, as what this process is: the container's user.

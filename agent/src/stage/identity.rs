@@ -1,5 +1,5 @@
 //! Who the program runs as: working directory, groups, user, capabilities, in the order that the kernel's rules allow.
-//! Limits too, unless a user namespace would keep a process from raising them: those, and scheduling, the agent sets.
+//! Limits too, unless the agent sets them ([`crate::plan::Plan::is_limited_from_outside`]), as it sets scheduling.
 
 use rustix::{
     fs::{Mode, OFlags},
@@ -14,16 +14,16 @@ use rustix::{
 
 use super::{inroot::Root, seccomp};
 use crate::{
-    plan::{CapabilityPlan, Failure, FailureKind, NamespacePlan, ProcessPlan, Trying},
+    plan::{CapabilityPlan, Failure, FailureKind, Plan, ProcessPlan, Trying},
     rlimits,
 };
 
 /// Gives up everything that the plan does not grant. The stage has one thread, so the thread's identity is the
 /// process's.
-pub(super) fn assume(process: &ProcessPlan, namespaces: &NamespacePlan, root: &Root) -> Result<(), Failure> {
-    if !namespaces.has_users() {
-        rlimits::set(None, &process.rlimits).map_err(|error| invalid(error.to_string()))?;
-    }
+pub(super) fn assume(plan: &Plan, root: &Root) -> Result<(), Failure> {
+    let process = plan.process();
+    let limits = process.rlimits.iter().filter(|(limit, ..)| !plan.is_limited_from_outside(*limit));
+    rlimits::set(None, limits).map_err(|error| invalid(error.to_string()))?;
     let user = &process.user;
     umask(Mode::from_raw_mode(user.umask));
     // A directory that root may not enter (on a file system of another user) may be open to the user.

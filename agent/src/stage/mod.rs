@@ -2,13 +2,13 @@
 //!
 //! The agent re-executes its own binary instead of forking, because code after a fork in a threaded process may meet
 //! a lock that nobody will ever release. The stage, which has one thread, is already in the right pid namespace when it
-//! begins, unless the container has users or clocks of its own (birth.rs); the rest it does to itself:
+//! begins, unless the container has users or clocks of its own or it is an exec's (birth.rs); the rest it does to itself:
 //!
 //! ```text
 //! Init                                             Exec
 //!  unreachable: not dumpable                        the same
 //!  receive the plan                                 the same
-//!  join the cgroup                                  the same
+//!  join the cgroup                                  (the agent moves it, later)
 //!  take what the guest's side has  (gather.rs)
 //!  namespaces                      (birth.rs)       the container's, through its init's pidfd
 //!  root, mounts, devices           (rootfs.rs)
@@ -17,12 +17,18 @@
 //!  read-only and masked paths      (rootfs.rs)
 //!  groups, user, capabilities      (identity.rs)    the same
 //!  system call filter (seccomp.rs): before capabilities go, or at the very end with no_new_privs
+//!                                                   the container's pid namespace, as a child (birth.rs)
 //!  say Ready, wait for go                           the same
 //!  startContainer hooks            (hooks.rs)
 //!  enter the program               (program.rs)     the same
 //! ```
 //!
-//! A container must not reach the agent's binary through the stage and overwrite it (CVE-2019-5736), nor keep one of
+//! A container must not reach a stage that still has rights of the guest's root: one of its processes with CAP_SYS_PTRACE
+//! could take that over. So an exec's stage enters the pid namespace when it has given them up, and createContainer
+//! hooks, which run beside an init stage, have no CAP_SYS_PTRACE. (A container that joins the pid namespace of another
+//! is still prepared beside its processes.)
+//!
+//! Nor must a container reach the agent's binary through the stage and overwrite it (CVE-2019-5736), nor keep one of
 //! its descriptors. While a stage lives beside a container's processes it is not dumpable, so its `/proc/<pid>/exe` and
 //! fd are closed to them. Once a program has obtained the binary by naming /proc/self/exe as its own path, it finds it
 //! on a read-only mount that is in no namespace of its own ([`crate::boot`]), and the kernel refuses to write to a
@@ -94,20 +100,23 @@ pub fn main() -> u8 {
 
 fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
     let (plan, mut fds) = agent.receive_plan().trying(|| "receive the plan".into())?;
-    let (process, root, terminal) = match &plan {
+    let (process, root, mut terminal) = match &plan {
         Plan::Init(plan) => {
-            begin(&plan.cgroup, &plan.process)?;
+            begin(Some(&plan.cgroup), &plan.process)?;
             let gathered = gather::gather(plan)?;
             let standard = fds.split_off(plan.namespaces.joined.len().min(fds.len()));
             birth::enter_new(&plan.namespaces, fds, agent)?;
+            sys::new_session_keyring().trying(|| "begin a session keyring".into())?;
             begin_session()?;
             let unsealed = rootfs::prepare(plan, gathered)?;
             let terminal = stdio::attach(&plan.process, &unsealed.root, true, standard)?;
+            stdio::control(&plan.process)?;
             hooks::create_container(&plan.hooks.create_container, &plan.hooks.about, &plan.process)?;
             (&plan.process, rootfs::seal(unsealed, &plan.view)?, terminal)
         }
         Plan::Exec(plan) => {
-            begin(&plan.cgroup, &plan.process)?;
+            // The agent moves the process into its cgroup, which may have room for one only.
+            begin(None, &plan.process)?;
             if fds.is_empty() {
                 return Err(Failure::new(FailureKind::Internal, "the plan came without a pidfd"));
             }
@@ -115,7 +124,8 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
             for init in &fds {
                 birth::enter_existing(&plan.namespaces, init)?;
             }
-            begin_session()?;
+            drop(fds);
+            sys::new_session_keyring().trying(|| "begin a session keyring".into())?;
             let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
             let root = inroot::Root::new(root.trying(|| "open the container's root".into())?);
             let terminal = stdio::attach(&plan.process, &root, false, standard)?;
@@ -129,8 +139,16 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
     if let Some(domain) = process.personality {
         sys::set_personality(domain).trying(|| format!("linux.personality: {domain:#x}"))?;
     }
-    identity::assume(process, plan.namespaces(), &root)?;
+    // Before the process's limits are in force.
+    let handover = plan.enters_last().then(birth::Handover::new).transpose()?;
+    identity::assume(&plan, &root)?;
     drop(root);
+    if let Some(handover) = handover {
+        handover.enter_last(process, terminal.take(), agent)?;
+        begin_session()?;
+        stdio::control(process)?;
+        run_on(&process.affinity.after, "final")?;
+    }
     agent.send(&Reply::Ready, terminal.as_ref().map(AsFd::as_fd)).trying(|| "tell the agent".into())?;
     drop(terminal);
     agent.receive_go().trying(|| "wait for the agent".into())?;
@@ -141,11 +159,13 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
 }
 
 /// What is done while the guest's own file systems are in sight.
-fn begin(cgroup: &Path, process: &ProcessPlan) -> Result<(), Failure> {
+fn begin(cgroup: Option<&Path>, process: &ProcessPlan) -> Result<(), Failure> {
     run_on(&process.affinity.before, "initial")?;
-    // 0 means the process that writes.
-    fs::write(cgroup.join("cgroup.procs"), "0").trying(|| format!("join the cgroup {}", cgroup.display()))?;
-    run_on(&process.affinity.after, "final")?;
+    if let Some(cgroup) = cgroup {
+        // 0 means the process that writes.
+        fs::write(cgroup.join("cgroup.procs"), "0").trying(|| format!("join the cgroup {}", cgroup.display()))?;
+        run_on(&process.affinity.after, "final")?;
+    }
     let score = process.oom_score_adj;
     fs::write("/proc/self/oom_score_adj", score.to_string()).trying(|| format!("set oom_score_adj to {score}"))
 }
@@ -163,8 +183,7 @@ fn run_on(processors: &[usize], field: &str) -> Result<(), Failure> {
 }
 
 fn begin_session() -> Result<(), Failure> {
-    setsid().trying(|| "begin a session".into())?;
-    sys::new_session_keyring().trying(|| "begin a session keyring".into())
+    setsid().map(drop).trying(|| "begin a session".into())
 }
 
 /// Puts `fd` in place of a standard descriptor; the copy survives exec.

@@ -41,11 +41,18 @@ pub(super) fn attach(
     if is_init {
         make_console(root, &slave)?;
     }
-    ioctl_tiocsctty(&slave).trying(|| "make the terminal the controlling one".into())?;
     for standard in 0..3 {
         replace(&slave, standard)?;
     }
     Ok(Some(master))
+}
+
+/// Makes the terminal, which is descriptor 0, the controlling one of the session that this process has begun.
+pub(super) fn control(process: &ProcessPlan) -> Result<(), Failure> {
+    if process.terminal.is_none() {
+        return Ok(());
+    }
+    ioctl_tiocsctty(std::io::stdin()).trying(|| "make the terminal the controlling one".into())
 }
 
 fn open_terminal(root: &Root, size: TerminalSize) -> Result<(OwnedFd, OwnedFd), Failure> {

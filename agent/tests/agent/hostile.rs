@@ -166,6 +166,36 @@ async fn a_stage_cannot_be_looked_into_from_its_container() {
 }
 
 #[tokio::test]
+async fn who_may_trace_processes_gets_no_rights_of_the_guests_by_an_exec() {
+    let pod = Pod::start().await;
+    let binary = pod.rootfs().join("../../agent");
+    copy_libraries(&binary, &pod.rootfs());
+    fs::copy(&binary, pod.rootfs().join("attack")).unwrap();
+    let mut attack = spec(&["/attack", "attack"]);
+    let ptrace = json!(["CAP_SYS_PTRACE"]);
+    attack["process"]["capabilities"] = json!({"bounding": ptrace, "permitted": ptrace, "effective": ptrace});
+    pod.create("c", &attack, None).await.unwrap();
+    pod.start_process("c", "").await.unwrap();
+    let got = pod.rootfs().join("tmp/got");
+    let stopped = async {
+        for n in 0.. {
+            let mut process = exec_shell("true");
+            process["capabilities"] = json!({});
+            pod.run_exec("c", &format!("e{n}"), &process).await;
+            let text = fs::read_to_string(&got).unwrap_or_default();
+            if text.lines().count() >= 20 {
+                return text;
+            }
+        }
+        unreachable!()
+    };
+    let text = crate::support::within("the container to stop processes of execs", stopped).await;
+    for capabilities in text.lines() {
+        assert_eq!(capabilities, "0000000000000000", "{text}");
+    }
+}
+
+#[tokio::test]
 async fn a_root_file_system_that_is_a_link_is_refused() {
     let pod = Pod::start().await;
     symlink("/", pod.rootfs().join("../link")).unwrap();

@@ -3,6 +3,8 @@
 //! The directory holds `share/` (in place of the virtio-fs mount) and `cgroup/` (a mounted cgroup2); the agent makes
 //! `agent.sock` and `stdio.sock` in it, and `ready` last. A connection to stdio.sock begins with the port that a vsock
 //! peer would have, four bytes, little-endian. To be run as PID 1 of a pid namespace, as in a guest.
+//!
+//! `caisson-agent-local attack` is a hostile program inside a container: see [`attack`].
 
 use std::{convert::Infallible, env, fs, io, path::Path, path::PathBuf, process::ExitCode};
 
@@ -41,9 +43,38 @@ fn main() -> ExitCode {
     if argument == stage::ARGUMENT {
         return stage::main().into();
     }
+    if argument == "attack" {
+        attack();
+    }
     let Err(error) = run(Path::new(&argument));
     eprintln!("{error:#}");
     ExitCode::FAILURE
+}
+
+/// Stops every process that appears in its pid namespace, once, as soon as it can (ptrace(2)), and appends the permitted
+/// capabilities that it has there to /tmp/got: who stops a process can make it do whatever those allow.
+fn attack() -> ! {
+    use std::{collections::HashSet, io::Write, ptr::null_mut};
+    let mut got = fs::File::create("/tmp/got").expect("the container can write");
+    let mut met = HashSet::from([std::process::id() as i32]);
+    loop {
+        let names = fs::read_dir("/proc").expect("a /proc").flatten().map(|entry| entry.file_name());
+        for pid in names.filter_map(|name| name.to_str()?.parse::<i32>().ok()) {
+            // SAFETY: these requests take no memory of ours.
+            let request = |request| unsafe { libc::ptrace(request, pid, null_mut::<u8>(), null_mut::<u8>()) };
+            if !met.insert(pid) || request(libc::PTRACE_SEIZE) != 0 || request(libc::PTRACE_INTERRUPT) != 0 {
+                continue;
+            }
+            let mut status = 0;
+            // SAFETY: the kernel writes one integer.
+            unsafe { libc::waitpid(pid, &mut status, libc::__WALL) };
+            let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            if let Some(line) = text.lines().find_map(|line| line.strip_prefix("CapPrm:\t")) {
+                writeln!(got, "{line}").expect("the container can write");
+            }
+            request(libc::PTRACE_DETACH);
+        }
+    }
 }
 
 fn run(directory: &Path) -> anyhow::Result<Infallible> {

@@ -42,7 +42,7 @@ pub enum CallError {
 pub enum Ended {
     /// It said why.
     Notice(ExitNotice),
-    /// It closed its end without a word: it was killed or it failed very early.
+    /// It closed its end without a notice: it was killed or it failed very early.
     Closed,
     /// It broke the protocol; end its process.
     Broken(String),
@@ -62,9 +62,23 @@ pub struct Control {
     pending: Arc<Mutex<Pending>>,
 }
 
-/// Receives everything the monitor says.
+/// Receives everything that the monitor sends.
 #[derive(Debug)]
 pub struct Driver(Control);
+
+/// A command that was not sent: dropped, nobody expects its answer any more.
+struct Unsent<'a> {
+    control: &'a Control,
+    id: u32,
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        if let Some(callers) = &mut self.control.pending().callers {
+            callers.remove(&self.id);
+        }
+    }
+}
 
 /// An answer that is still to come.
 #[derive(Debug)]
@@ -99,7 +113,7 @@ const FIRST_FREE: u32 = 3;
 /// Takes over a socket on which [`configure_and_start`] was called: the control, its driver, and the two answers.
 ///
 /// # Errors
-/// What epoll says.
+/// The error of epoll.
 pub fn attach(socket: OwnedFd) -> io::Result<(Control, Driver, Answer, Answer)> {
     let (control, driver) = Control::new(socket)?;
     let (configured, started) = (control.expect(CONFIGURE), control.expect(START));
@@ -110,7 +124,7 @@ impl Control {
     /// A conversation on `socket`, and the driver that must run for it.
     ///
     /// # Errors
-    /// What epoll says.
+    /// The error of epoll.
     pub fn new(socket: OwnedFd) -> io::Result<(Self, Driver)> {
         let pending = Pending { next_id: FIRST_FREE, callers: Some(HashMap::new()) };
         let control = Self { socket: Arc::new(PacketSocket::new(socket)?), pending: Arc::new(Mutex::new(pending)) };
@@ -129,7 +143,8 @@ impl Control {
         Answer(receiver)
     }
 
-    /// Sends one command, with descriptors if its request mentions any, and gives the answer to wait for.
+    /// Sends one command, with descriptors if its request mentions any, and gives the answer to wait for. Dropped before it
+    /// is ready, it has sent nothing.
     ///
     /// # Errors
     /// If it cannot be sent.
@@ -142,7 +157,9 @@ impl Control {
         };
         let packet = encode(&Command { id, request })?;
         let answer = self.expect(id);
+        let unsent = Unsent { control: self, id };
         self.socket.send(&packet, descriptors).await.map_err(CallError::Send)?;
+        std::mem::forget(unsent);
         Ok(answer)
     }
 
@@ -240,6 +257,27 @@ mod tests {
         drop(theirs);
         assert!(matches!(timeout(LIMIT, answer.wait()).await.unwrap(), Err(CallError::Ended)));
         assert!(matches!(timeout(LIMIT, driver).await.unwrap().unwrap(), Ended::Closed));
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_the_answer_to_a_command_that_was_not_sent() {
+        let (ours, theirs) = packet::pair().unwrap();
+        let (control, driver) = Control::new(ours).unwrap();
+        let expected = || control.pending().callers.as_ref().unwrap().len();
+        // The monitor reads nothing, so one of them finds no room; then its caller gives up.
+        while let Ok(sent) = timeout(Duration::from_millis(50), control.send(Request::Stats, &[])).await {
+            drop(sent.unwrap());
+            assert!(expected() < 100_000, "the socket never fills");
+        }
+        let sent = expected();
+        let monitor = PacketSocket::new(theirs.try_clone().unwrap()).unwrap();
+        for n in 0..sent {
+            assert_eq!(hear(&monitor).await.id as usize, FIRST_FREE as usize + n, "each was sent");
+        }
+        drop((monitor, theirs));
+        assert!(matches!(control.send(Request::Stats, &[]).await, Err(CallError::Send(_))));
+        assert_eq!(expected(), sent);
+        assert!(matches!(timeout(LIMIT, driver.run()).await.unwrap(), Ended::Closed));
     }
 
     #[tokio::test]

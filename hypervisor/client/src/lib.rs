@@ -1,5 +1,5 @@
 //! The client side of caisson-vmm: starts the monitor's process, hands it a whole machine in one packet of its control
-//! socket, and hears from it until it ends.
+//! socket, and receives its answers until it ends.
 //!
 //! ```text
 //! Machine (descriptors in place)      spawn_monitor ─── fork/exec ──► caisson-vmm, socket at descriptor 3

@@ -1,29 +1,45 @@
 //! What the kernel says of a file, in the words of FUSE.
 
 use std::{
+    ffi::CStr,
     mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd},
 };
 
 use fuse_backend_rs::abi::fuse_abi::{Attr, stat64, statvfs64};
 use rustix::{
-    fs::{AtFlags, FileType, Statx, StatxFlags, makedev, statx},
+    fs::{AtFlags, FileType, Statx, StatxFlags, fstatfs, makedev, statx},
     io::Errno,
 };
 
 use crate::nodes::Key;
+
+const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME).union(StatxFlags::MNT_ID);
 
 /// Looks at an `O_PATH` descriptor.
 ///
 /// # Errors
 /// The system call's.
 pub fn examine(file: impl AsFd) -> Result<Statx, Errno> {
-    statx(
-        file,
-        c"",
-        AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW,
-        StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID,
-    )
+    statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, WANTED)
+}
+
+/// Looks at what `name` in a directory is; a symlink is not followed.
+///
+/// # Errors
+/// The system call's.
+pub fn examine_name(directory: impl AsFd, name: &CStr) -> Result<Statx, Errno> {
+    statx(directory, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, WANTED)
+}
+
+/// Whether a file cannot be changed by the mount that it was reached by.
+pub fn is_read_only(file: impl AsFd) -> bool {
+    file_system(file).is_ok_and(|state| state.f_flag & libc::ST_RDONLY != 0)
+}
+
+/// Whether a file is on an overlay. A file system that does not say what it is is none.
+pub fn is_overlay(file: impl AsFd) -> bool {
+    fstatfs(file).is_ok_and(|state| state.f_type == libc::OVERLAYFS_SUPER_MAGIC)
 }
 
 /// The file's identity. A directory is another one on each mount, because a directory has one place in the guest's tree of

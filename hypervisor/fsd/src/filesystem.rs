@@ -10,8 +10,6 @@ use std::{
     ffi::CStr,
     fs::File,
     io::{self, IoSlice},
-    os::fd::{AsFd, BorrowedFd},
-    sync::{Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -23,10 +21,10 @@ use fuse_backend_rs::{
 };
 use rustix::{
     fs::{
-        AtFlags, FallocateFlags, FileType, Gid, IFlags, Mode, OFlags, RenameFlags, SeekFrom, Statx, Timespec,
-        Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags, chmodat, chownat, fallocate, fdatasync, fsync, ftruncate,
-        getxattr, getxattr_query, ioctl_getflags, ioctl_setflags, linkat, listxattr, listxattr_query, mkdirat, mknodat,
-        openat, readlinkat, removexattr, renameat_with, seek, setxattr, symlinkat, syncfs, unlinkat, utimensat,
+        AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Timespec, Timestamps, UTIME_NOW,
+        UTIME_OMIT, Uid, chmodat, chownat, fallocate, fdatasync, fsync, ftruncate, getxattr, getxattr_query, linkat,
+        listxattr, listxattr_query, mkdirat, mknodat, openat, readlinkat, removexattr, renameat_with, seek, symlinkat,
+        unlinkat, utimensat,
     },
     io::{Errno, ReadWriteFlags, pwritev2},
     path::DecInt,
@@ -35,155 +33,49 @@ use rustix::{
 use crate::{
     attributes::file_system,
     directory,
-    files::{Access, out_of_descriptors, reopen},
+    files::Access,
     handshake::{MAX_DATA, Sharing},
-    identity::{creating_as, without_fsetid},
-    tree::{Tree, component},
+    identity::without_fsetid,
+    service::{Service, check_name},
+    tree::component,
     wire::is_guests,
 };
 
 /// The longest extended attribute and list of them that Linux has (XATTR_SIZE_MAX, XATTR_LIST_MAX), bytes.
 const MAX_XATTR: usize = 65536;
 
-/// Serves one [`Tree`].
-#[derive(Debug)]
-pub struct Service {
-    tree: Mutex<Tree>,
-}
-
-impl Service {
-    /// Serves `tree`.
-    pub fn new(tree: Tree) -> Self {
-        Self { tree: Mutex::new(tree) }
-    }
-
-    /// The tree; one request at a time has it.
-    pub fn tree(&self) -> MutexGuard<'_, Tree> {
-        self.tree.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Copies inside the server between two files; returns the bytes copied.
-    ///
-    /// # Errors
-    /// Those of [`Tree::file`], the system call's.
-    pub fn copy_range(&self, from: (u64, u64), to: (u64, u64), len: u64) -> Result<usize, Errno> {
-        let (source, target) = {
-            let mut tree = self.tree();
-            (tree.file_apart(from.0, Access::Read)?, tree.file_apart(to.0, Access::Write)?)
-        };
-        let (mut from_offset, mut to_offset) = (from.1, to.1);
-        // A copy must end soon. The guest asks again for the rest.
-        let len = usize::try_from(len).unwrap_or(usize::MAX).min(16 << 20);
-        // Linux says nothing of set-id bits in this request, and takes them away itself for a caller without CAP_FSETID.
-        without_fsetid(true, || {
-            rustix::fs::copy_file_range(&source, Some(&mut from_offset), &target, Some(&mut to_offset), len)
-        })?
-    }
-
-    /// Writes everything back that the host holds of the file systems that the guest knows files of.
-    ///
-    /// # Errors
-    /// The system call's.
-    pub fn sync_file_systems(&self) -> Result<(), Errno> {
-        let file_systems = self.tree().file_systems();
-        file_systems.iter().try_for_each(syncfs)
-    }
-
-    /// Creates a file without a name in `parent`.
-    ///
-    /// # Errors
-    /// ENFILE if the guest knows too many files, EOPNOTSUPP if the file system cannot, the system calls'.
-    pub fn create_unnamed(&self, (uid, gid): (u32, u32), parent: u64, mode: u32, umask: u32) -> Result<Entry, Errno> {
-        let mut tree = self.tree();
-        tree.nodes.check_room()?;
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(mode & 0o7777);
-        let directory = &tree.nodes.get(parent)?.path;
-        let file = creating_as(uid, gid, umask, || openat(directory, c".", flags, mode)).map_err(out_of_descriptors)?;
-        let entry = tree.enter_created(parent, &file)?;
-        tree.files.put(entry.inode, file.into());
-        Ok(entry)
-    }
-
-    /// Attributes of a node, as the kernel says them, with its inode number in the guest.
-    ///
-    /// # Errors
-    /// ESTALE, the system call's.
-    pub fn statx(&self, node: u64) -> Result<(Statx, u64, Duration), Errno> {
-        let mut tree = self.tree();
-        let stat = tree.identify(node)?;
-        let ino = tree.ino((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino);
-        Ok((stat, ino, tree.timeout(node)?))
-    }
-
-    /// The flags of a file (chattr): reads them, or sets `new`.
-    ///
-    /// # Errors
-    /// ENOTTY for what is neither file nor directory, the system call's.
-    pub fn flags(&self, node: u64, new: Option<u32>) -> Result<u32, Errno> {
-        let file = {
-            let tree = self.tree();
-            let node = tree.nodes.get(node)?;
-            let directory = if node.kind == FileType::Directory { OFlags::DIRECTORY } else { OFlags::empty() };
-            reopen(node, OFlags::RDONLY | directory, tree.proc_fds()).map_err(|errno| match errno {
-                Errno::INVAL => Errno::NOTTY,
-                other => other,
-            })?
-        };
-        match new {
-            Some(flags) => ioctl_setflags(&file, IFlags::from_bits_retain(flags)).map(|()| flags),
-            None => ioctl_getflags(&file).map(|flags| flags.bits()),
-        }
-    }
-
-    fn make(
-        &self,
-        context: &Context,
-        parent: u64,
-        name: &CStr,
-        umask: u32,
-        make: impl FnOnce(BorrowedFd) -> Result<(), Errno>,
-    ) -> io::Result<Entry> {
-        component(name)?;
-        let mut tree = self.tree();
-        tree.nodes.check_room()?;
-        let directory = tree.nodes.get(parent)?.path.as_fd();
-        creating_as(context.uid, context.gid, umask, || make(directory))?;
-        Ok(tree.lookup(parent, name)?)
-    }
-}
-
 impl FileSystem for Service {
     type Inode = u64;
     type Handle = u64;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        let mut tree = self.tree();
-        tree.clear();
-        Ok(capable & tree.sharing().options())
+        self.tree.clear();
+        Ok(capable & self.tree.sharing().options())
     }
 
     fn destroy(&self) {
-        self.tree().clear();
+        self.tree.clear();
     }
 
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let mut tree = self.tree();
-        match tree.lookup(parent, name) {
+        match self.tree.lookup(parent, name) {
             // Inode 0: "does not exist", and the guest may remember that.
-            Err(Errno::NOENT) => Ok(Entry { entry_timeout: tree.timeout(parent)?, ..Entry::default() }),
+            Err(Errno::NOENT) => {
+                let parent = self.tree.node(parent)?;
+                Ok(Entry { entry_timeout: self.tree.timeout(&parent), ..Entry::default() })
+            }
             result => Ok(result?),
         }
     }
 
     fn forget(&self, _: &Context, node: u64, count: u64) {
-        self.tree().forget(node, count);
+        self.tree.forget(node, count);
     }
 
     fn getattr(&self, _: &Context, node: u64, _: Option<u64>) -> io::Result<(stat64, Duration)> {
-        let mut tree = self.tree();
-        let stat = tree.identify(node)?;
-        Ok((tree.attributes(&stat), tree.timeout(node)?))
+        let node = self.tree.node(node)?;
+        let stat = self.tree.identify(&node)?;
+        Ok((self.tree.attributes(&stat), self.tree.timeout(&node)))
     }
 
     fn setattr(
@@ -194,23 +86,30 @@ impl FileSystem for Service {
         _: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        let mut tree = self.tree();
+        let of = self.tree.node(node)?;
+        let proc_name = || DecInt::from_fd(&*of);
+        let has = |which: SetattrValid| valid.intersects(which);
         // The owner first: a change of owner takes setuid and setgid bits away, a new mode may bring them back.
-        if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
-            let uid = (valid.contains(SetattrValid::UID) && new.st_uid != u32::MAX).then(|| Uid::from_raw(new.st_uid));
-            let gid = (valid.contains(SetattrValid::GID) && new.st_gid != u32::MAX).then(|| Gid::from_raw(new.st_gid));
-            chownat(&tree.nodes.get(node)?.path, c"", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)?;
+        if has(SetattrValid::UID | SetattrValid::GID | SetattrValid::MODE) {
+            let uid = (has(SetattrValid::UID) && new.st_uid != u32::MAX).then(|| Uid::from_raw(new.st_uid));
+            let gid = (has(SetattrValid::GID) && new.st_gid != u32::MAX).then(|| Gid::from_raw(new.st_gid));
+            self.tree.change(&of, || {
+                if has(SetattrValid::UID | SetattrValid::GID) {
+                    chownat(&*of, c"", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)?;
+                }
+                if has(SetattrValid::MODE) {
+                    let mode = Mode::from_raw_mode(new.st_mode & 0o7777);
+                    chmodat(self.tree.proc_fds(), proc_name(), mode, AtFlags::empty())?;
+                }
+                Ok(())
+            })?;
         }
-        if valid.contains(SetattrValid::MODE) {
-            let mode = Mode::from_raw_mode(new.st_mode & 0o7777);
-            chmodat(tree.proc_fds(), tree.proc_name(node)?, mode, AtFlags::empty())?;
-        }
-        if valid.contains(SetattrValid::SIZE) {
+        if has(SetattrValid::SIZE) {
             let size = u64::try_from(new.st_size).map_err(|_| Errno::INVAL)?;
-            let file = tree.file(node, Access::Write)?;
-            without_fsetid(valid.contains(SetattrValid::KILL_SUIDGID), || ftruncate(file, size))??;
+            let file = self.tree.file(node, Access::Write)?;
+            without_fsetid(has(SetattrValid::KILL_SUIDGID), || ftruncate(&**file, size))??;
         }
-        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
+        if has(SetattrValid::ATIME | SetattrValid::MTIME) {
             let time = |now: SetattrValid, set: SetattrValid, sec, nsec| match () {
                 () if valid.contains(now) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
                 () if valid.contains(set) => Timespec { tv_sec: sec, tv_nsec: nsec },
@@ -220,14 +119,13 @@ impl FileSystem for Service {
                 last_access: time(SetattrValid::ATIME_NOW, SetattrValid::ATIME, new.st_atime, new.st_atime_nsec),
                 last_modification: time(SetattrValid::MTIME_NOW, SetattrValid::MTIME, new.st_mtime, new.st_mtime_nsec),
             };
-            utimensat(tree.proc_fds(), tree.proc_name(node)?, &times, AtFlags::empty())?;
+            self.tree.change(&of, || utimensat(self.tree.proc_fds(), proc_name(), &times, AtFlags::empty()))?;
         }
-        drop(tree);
         self.getattr(context, node, None)
     }
 
     fn readlink(&self, _: &Context, node: u64) -> io::Result<Vec<u8>> {
-        Ok(readlinkat(&self.tree().nodes.get(node)?.path, c"", Vec::new())?.into_bytes())
+        Ok(readlinkat(&*self.tree.node(node)?, c"", Vec::new())?.into_bytes())
     }
 
     fn symlink(&self, context: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -254,49 +152,78 @@ impl FileSystem for Service {
 
     fn unlink(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         component(name)?;
-        Ok(unlinkat(&self.tree().nodes.get(parent)?.path, name, AtFlags::empty())?)
+        Ok(unlinkat(&*self.tree.node(parent)?, name, AtFlags::empty())?)
     }
 
     fn rmdir(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         component(name)?;
-        Ok(unlinkat(&self.tree().nodes.get(parent)?.path, name, AtFlags::REMOVEDIR)?)
+        Ok(unlinkat(&*self.tree.node(parent)?, name, AtFlags::REMOVEDIR)?)
     }
 
     fn rename(&self, _: &Context, from: u64, name: &CStr, to: u64, new_name: &CStr, flags: u32) -> io::Result<()> {
         component(name)?;
         component(new_name)?;
-        let mut tree = self.tree();
-        let exchange = RenameFlags::from_bits_retain(flags).contains(RenameFlags::EXCHANGE);
-        let linked = [tree.linked_node(from, name), if exchange { tree.linked_node(to, new_name) } else { None }];
-        let (from, to) = (&tree.nodes.get(from)?.path, &tree.nodes.get(to)?.path);
-        renameat_with(from, name, to, new_name, RenameFlags::from_bits_retain(flags))?;
-        for node in linked.into_iter().flatten() {
-            tree.identify(node)?;
+        let flags = RenameFlags::from_bits_retain(flags);
+        let (from, to) = (self.tree.node(from)?, self.tree.node(to)?);
+        if !from.overlay && !to.overlay {
+            return Ok(renameat_with(&*from, name, &*to, new_name, flags)?);
+        }
+        // What is renamed may get another identity by that.
+        let _exclusive = self.tree.exclusive();
+        let exchanged = flags.contains(RenameFlags::EXCHANGE).then(|| self.tree.unsettled(&to, new_name)).flatten();
+        let changed = [self.tree.unsettled(&from, name), exchanged];
+        renameat_with(&*from, name, &*to, new_name, flags)?;
+        for node in changed.into_iter().flatten() {
+            self.tree.note_identity(&node, true)?;
         }
         Ok(())
     }
 
     fn link(&self, _: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         component(name)?;
-        let mut tree = self.tree();
-        let directory = tree.nodes.get(parent)?;
+        let (node, directory) = (self.tree.node(node)?, self.tree.node(parent)?);
         // Of the mount that the new name is on; others are refused.
-        let file = tree.nodes.get(node)?.path_on(directory.mount);
+        let file = node.path_on(directory.mount);
         // By way of /proc: linking a descriptor itself (AT_EMPTY_PATH) needs CAP_DAC_READ_SEARCH.
-        linkat(tree.proc_fds(), DecInt::from_fd(file), &directory.path, name, AtFlags::SYMLINK_FOLLOW)?;
-        tree.identify(node)?;
-        Ok(tree.lookup(parent, name)?)
+        let link = || linkat(self.tree.proc_fds(), DecInt::from_fd(file), &*directory, name, AtFlags::SYMLINK_FOLLOW);
+        if !directory.overlay {
+            link()?;
+            return Ok(self.tree.lookup(parent, name)?);
+        }
+        let _exclusive = self.tree.exclusive();
+        link()?;
+        self.tree.note_identity(&node, true)?;
+        Ok(self.tree.lookup_exclusive(&directory, name)?)
     }
 
     fn open(&self, _: &Context, node: u64, flags: u32, _: u32) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        // Refused now and not at the first write; and an overlay copies the file up while it has its name.
-        let mut tree = self.tree();
-        let regular = tree.nodes.get(node)?.kind == FileType::RegularFile;
-        if regular && flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32 {
-            tree.file(node, Access::Write)?;
-        }
         // "Not needed": see crate::handshake.
-        Err(Errno::NOSYS.into())
+        let not_needed = Err(Errno::NOSYS.into());
+        let regular = self.tree.node(node)?.kind == FileType::RegularFile;
+        if !regular || flags & libc::O_ACCMODE as u32 == libc::O_RDONLY as u32 {
+            return not_needed;
+        }
+        // Refused now and not at the first write; and an overlay copies the file up while it has its name.
+        let options = match self.tree.file(node, Access::Write) {
+            Ok(_) if self.tree.sharing() == Sharing::Alone => return not_needed,
+            // The guest says then when it has closed it.
+            Ok(_) => OpenOptions::KEEP_CACHE,
+            // What is appended must not wait in a cache: only the whole of a page could be written back.
+            Err(Errno::PERM) if flags & libc::O_APPEND as u32 != 0 => {
+                self.tree.file(node, Access::Append)?;
+                OpenOptions::DIRECT_IO
+            }
+            Err(errno) => return Err(errno.into()),
+        };
+        self.tree.add_writer(node);
+        Ok((None, options, None))
+    }
+
+    fn release(&self, _: &Context, node: u64, flags: u32, _: u64, _: bool, _: bool, _: Option<u64>) -> io::Result<()> {
+        if self.tree.sharing() == Sharing::WithHost && flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32 {
+            self.tree.remove_writer(node);
+        }
+        Ok(())
     }
 
     fn create(
@@ -307,22 +234,19 @@ impl FileSystem for Service {
         args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         component(name)?;
-        let mut tree = self.tree();
-        tree.nodes.check_room()?;
         let mode = Mode::from_raw_mode(args.mode & 0o7777);
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let directory = &tree.nodes.get(parent)?.path;
-        let created = creating_as(context.uid, context.gid, args.umask, || openat(directory, name, flags, mode))
-            .map_err(out_of_descriptors);
+        let writes = args.flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32;
+        let created = self.create_open(parent, (context.uid, context.gid, args.umask), writes, |directory| {
+            openat(directory, name, flags, mode)
+        });
         let exclusive = args.flags & libc::O_EXCL as u32 != 0;
-        let file = match created {
+        let entry = match created {
             // It was there without the guest's knowledge, which therefore has checked nothing: it is to look it up.
             Err(Errno::EXIST) if !exclusive => return Err(Errno::STALE.into()),
             created => created?,
         };
-        let entry = tree.enter_created(parent, &file)?;
-        tree.files.put(entry.inode, file.into());
-        let cached = tree.sharing() == Sharing::Alone;
+        let cached = self.tree.sharing() == Sharing::Alone;
         let options = if cached { OpenOptions::KEEP_CACHE } else { OpenOptions::empty() };
         Ok((entry, None, options, None))
     }
@@ -338,13 +262,12 @@ impl FileSystem for Service {
         _: Option<u64>,
         _: u32,
     ) -> io::Result<usize> {
-        let mut tree = self.tree();
-        let file = tree.file(node, Access::Read)?;
+        let file = self.tree.file(node, Access::Read)?;
         let size = to.available_bytes().min(size as usize);
         let mut done = 0;
         // All of it: what is missing would be a hole for the guest, and an error in the middle is one.
         while done < size {
-            match to.write_from(file, size - done, offset.saturating_add(done as u64))? {
+            match file.lend(|file| to.write_from(file, size - done, offset.saturating_add(done as u64)))? {
                 0 => break,
                 read => done += read,
             }
@@ -365,74 +288,73 @@ impl FileSystem for Service {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
-        let mut tree = self.tree();
-        let with_host = tree.sharing() == Sharing::WithHost;
-        let file = tree.file(node, Access::Write)?;
+        // Elsewhere the guest knows where the file ends.
+        let appends = !delayed && flags & libc::O_APPEND as u32 != 0;
+        let file = match self.tree.file(node, Access::Write) {
+            Err(Errno::PERM) if appends => self.tree.file(node, Access::Append),
+            file => file,
+        }?;
+        let at_end = appends && (self.tree.sharing() == Sharing::WithHost || file.access == Access::Append);
         without_fsetid(fuse_flags & WRITE_KILL_PRIV != 0, || {
-            if with_host && !delayed && flags & libc::O_APPEND as u32 != 0 {
-                return append(file, from, size as usize);
+            if at_end {
+                return append(&file, from, size as usize);
             }
-            write_all(file, from, size as usize, offset, delayed)
+            file.lend(|file| write_all(file, from, size as usize, offset, delayed))
         })?
     }
 
     fn lseek(&self, _: &Context, node: u64, _: u64, offset: u64, whence: u32) -> io::Result<u64> {
-        let mut tree = self.tree();
-        let file = tree.file(node, Access::Read)?;
+        let file = self.tree.file(node, Access::Read)?;
         let place = match whence as i32 {
             libc::SEEK_DATA => SeekFrom::Data(offset),
             libc::SEEK_HOLE => SeekFrom::Hole(offset),
             _ => return Err(Errno::INVAL.into()),
         };
-        Ok(seek(file, place)?)
+        Ok(seek(&**file, place)?)
     }
 
     fn getlk(&self, _: &Context, node: u64, _: u64, owner: u64, lock: FileLock, _: u32) -> io::Result<FileLock> {
-        let tree = self.tree();
-        if tree.sharing() == Sharing::Alone {
+        if self.tree.sharing() == Sharing::Alone {
             return Err(Errno::NOSYS.into());
         }
-        Ok(tree.locks.get((node, owner), lock, |write| tree.open_for_lock(node, write))?)
+        self.tree.settle(node)?;
+        let open = |write| self.tree.open_for_lock(node, write);
+        Ok(self.tree.locks().get((node, owner), lock, open)?)
     }
 
     fn setlk(&self, _: &Context, node: u64, _: u64, owner: u64, lock: FileLock, flags: u32) -> io::Result<()> {
-        let mut tree = self.tree();
-        if tree.sharing() == Sharing::Alone {
+        if self.tree.sharing() == Sharing::Alone {
             return Err(Errno::NOSYS.into());
         }
-        let mut locks = std::mem::take(&mut tree.locks);
-        let set = locks.set((node, owner), lock, flags, |write| tree.open_for_lock(node, write));
-        tree.locks = locks;
-        Ok(set?)
+        self.tree.settle(node)?;
+        let open = |write| self.tree.open_for_lock(node, write);
+        Ok(self.tree.locks().set((node, owner), lock, flags, open)?)
     }
 
     fn fsync(&self, _: &Context, node: u64, data_only: bool, _: u64) -> io::Result<()> {
-        let file = self.tree().file_apart(node, Access::Read)?;
-        let synced = if data_only { fdatasync(&file) } else { fsync(&file) };
+        let file = self.tree.file(node, Access::Read)?;
+        let synced = if data_only { fdatasync(&**file) } else { fsync(&**file) };
         Ok(synced?)
     }
 
     fn fallocate(&self, _: &Context, node: u64, _: u64, mode: u32, offset: u64, len: u64) -> io::Result<()> {
-        let file = self.tree().file_apart(node, Access::Write)?;
+        let file = self.tree.file(node, Access::Write)?;
         // As with copies.
-        Ok(without_fsetid(true, || fallocate(&file, FallocateFlags::from_bits_retain(mode), offset, len))??)
+        Ok(without_fsetid(true, || fallocate(&**file, FallocateFlags::from_bits_retain(mode), offset, len))??)
     }
 
     fn statfs(&self, _: &Context, node: u64) -> io::Result<statvfs64> {
-        Ok(file_system(&self.tree().nodes.get(node)?.path)?)
+        Ok(file_system(&*self.tree.node(node)?)?)
     }
 
     fn setxattr(&self, _: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        check_name(name, Errno::PERM)?;
-        let mut tree = self.tree();
-        setxattr(tree.proc_name(node)?, name, value, XattrFlags::from_bits_retain(flags))?;
-        Ok(tree.identify(node).map(drop)?)
+        Ok(self.set_attribute(node, (name, value), flags, false)?)
     }
 
     fn getxattr(&self, _: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         check_name(name, Errno::NODATA)?;
-        let tree = self.tree();
-        let path = tree.proc_name(node)?;
+        let node = self.tree.node(node)?;
+        let path = DecInt::from_fd(&*node);
         if size == 0 {
             return Ok(GetxattrReply::Count(getxattr_query(path, name)? as u32));
         }
@@ -443,9 +365,10 @@ impl FileSystem for Service {
     }
 
     fn listxattr(&self, _: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
-        let tree = self.tree();
-        let mut all = vec![0u8; listxattr_query(tree.proc_name(node)?)?.min(MAX_XATTR)];
-        let len = listxattr(tree.proc_name(node)?, &mut all[..])?;
+        let node = self.tree.node(node)?;
+        let path = || DecInt::from_fd(&*node);
+        let mut all = vec![0u8; listxattr_query(path())?.min(MAX_XATTR)];
+        let len = listxattr(path(), &mut all[..])?;
         all.truncate(len);
         let mut names = Vec::with_capacity(len);
         for name in all.split_inclusive(|byte| *byte == 0) {
@@ -462,16 +385,15 @@ impl FileSystem for Service {
 
     fn removexattr(&self, _: &Context, node: u64, name: &CStr) -> io::Result<()> {
         check_name(name, Errno::NODATA)?;
-        let mut tree = self.tree();
-        removexattr(tree.proc_name(node)?, name)?;
-        Ok(tree.identify(node).map(drop)?)
+        let node = self.tree.node(node)?;
+        Ok(self.tree.change(&node, || removexattr(DecInt::from_fd(&*node), name))?)
     }
 
     fn opendir(&self, _: &Context, node: u64, _: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        let mut tree = self.tree();
-        let handle = tree.open_directory(node)?;
+        let node = self.tree.node(node)?;
+        let handle = self.tree.open_directory(&node)?;
         let cached = OpenOptions::CACHE_DIR | OpenOptions::KEEP_CACHE;
-        let options = if tree.timeout(node)?.is_zero() { OpenOptions::empty() } else { cached };
+        let options = if self.tree.timeout(&node).is_zero() { OpenOptions::empty() } else { cached };
         Ok((Some(handle), options))
     }
 
@@ -484,7 +406,7 @@ impl FileSystem for Service {
         offset: u64,
         add: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        Ok(directory::list(&mut self.tree(), node, handle, offset, add)?)
+        Ok(directory::list(&self.tree, node, handle, offset, add)?)
     }
 
     fn readdirplus(
@@ -496,22 +418,18 @@ impl FileSystem for Service {
         offset: u64,
         add: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        Ok(directory::list_plus(&mut self.tree(), node, handle, offset, add)?)
+        Ok(directory::list_plus(&self.tree, node, handle, offset, add)?)
     }
 
     fn fsyncdir(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
-        let directory = self.tree().directory(node, handle)?.try_clone()?;
-        let synced = if data_only { fdatasync(&directory) } else { fsync(&directory) };
+        let directory = self.tree.directory(node, handle)?;
+        let synced = if data_only { fdatasync(&directory.file) } else { fsync(&directory.file) };
         Ok(synced?)
     }
 
     fn releasedir(&self, _: &Context, node: u64, _: u32, handle: u64) -> io::Result<()> {
-        Ok(self.tree().close_directory(node, handle)?)
+        Ok(self.tree.close_directory(node, handle)?)
     }
-}
-
-fn check_name(name: &CStr, refusal: Errno) -> Result<(), Errno> {
-    if is_guests(name) { Ok(()) } else { Err(refusal) }
 }
 
 /// Writes all of a request's data. What the guest writes back of its cache (`delayed`) must be written as a whole, or be an

@@ -1,8 +1,9 @@
 //! INIT: what guest and server agree on.
 //!
-//! - **No OPEN.** A regular file is never opened or released by the guest; the server opens what it needs. That saves
+//! - **No OPEN.** A regular file is not opened or released by the guest; the server opens what it needs. That saves
 //!   two messages for each file, and the guest cannot hold descriptors here. Only an open for writing is asked for (our
-//!   guest kernel has a patch), so that the host can refuse it.
+//!   guest kernel has a patch), so that the host can refuse it. A file that can only be appended to is written without the
+//!   guest's cache.
 //! - **Writeback cache.** The guest is the only user of what it may cache, so it writes back when it likes. A patch of
 //!   our guest kernel has it write back before it asks for data and holes (LSEEK).
 //! - **ACLs and umask.** The server applies the umask, since only the host's kernel knows whether a default ACL
@@ -12,7 +13,10 @@
 //!
 //! Files that the host's own processes change as well ([`Sharing::WithHost`]) have no writeback cache: a guest with one
 //! trusts its own idea of a file's size and content. Instead it asks before each read whether the file has changed, and
-//! throws away what it has of it. Their locks are the host's ([`crate::locks`]).
+//! then drops what it has of it. Names are looked up each time, so a listing has no use for attributes. Of an open for
+//! writing the guest says when it ends, as the host's processes cannot execute such a file. Their locks are the host's
+//! ([`crate::locks`]). They may be mounted with mapped ids (Linux 6.12): the guest translates the owners that it gets and
+//! sends, and a request that creates nothing then has user and group -1. Nothing here asks who it is from.
 
 use fuse_backend_rs::abi::fuse_abi::FsOptions;
 
@@ -33,12 +37,27 @@ impl Sharing {
             Self::WithHost => OPTIONS
                 .difference(FsOptions::WRITEBACK_CACHE)
                 .difference(FsOptions::EXPLICIT_INVAL_DATA)
+                .difference(FsOptions::DO_READDIRPLUS)
+                .difference(FsOptions::READDIRPLUS_AUTO)
                 .union(FsOptions::AUTO_INVAL_DATA)
                 .union(FsOptions::POSIX_LOCKS)
-                .union(FsOptions::FLOCK_LOCKS),
+                .union(FsOptions::FLOCK_LOCKS)
+                .union(FsOptions::INIT_EXT),
         }
     }
+
+    /// The same, with what the crate has no names for.
+    const fn offered(self) -> u64 {
+        let more = match self {
+            Self::Alone => 0,
+            Self::WithHost => ALLOW_IDMAP,
+        };
+        self.options().bits() | SETXATTR_EXT as u64 | more
+    }
 }
+
+/// FUSE_ALLOW_IDMAP of include/uapi/linux/fuse.h.
+const ALLOW_IDMAP: u64 = 1 << 40;
 
 /// Everything that this server does, if the guest can.
 pub const OPTIONS: FsOptions = FsOptions::from_bits_truncate(
@@ -57,6 +76,9 @@ pub const OPTIONS: FsOptions = FsOptions::from_bits_truncate(
         | FsOptions::EXPLICIT_INVAL_DATA.bits()
         | FsOptions::HANDLE_KILLPRIV_V2.bits(),
 );
+
+/// FUSE_SETXATTR_EXT, which fuse-backend-rs has no name for: SETXATTR says whether an ACL takes the setgid bit away.
+pub const SETXATTR_EXT: u32 = 1 << 29;
 
 /// The protocol's version that is spoken. Linux since 5.11 has at least 7.33, which all of [`OPTIONS`] need.
 const MAJOR: u32 = 7;
@@ -98,7 +120,11 @@ pub fn answer(body: &[u8], send_buffer: usize, sharing: Sharing) -> Result<[u8; 
     }
     let pages = pages(send_buffer);
     put(8, &readahead.to_le_bytes());
-    put(12, &((sharing.options().bits() as u32) & flags).to_le_bytes());
+    // The upper half is there if the guest says so.
+    let upper = if flags & FsOptions::INIT_EXT.bits() as u32 != 0 { field(16).unwrap_or(0) } else { 0 };
+    let agreed = sharing.offered() & (u64::from(upper) << 32 | u64::from(flags));
+    put(12, &(agreed as u32).to_le_bytes());
+    put(32, &((agreed >> 32) as u32).to_le_bytes());
     // Requests in the background and when to throttle: as many as the queue holds.
     put(16, &512u16.to_le_bytes());
     put(18, &384u16.to_le_bytes());
@@ -107,6 +133,11 @@ pub fn answer(body: &[u8], send_buffer: usize, sharing: Sharing) -> Result<[u8; 
     put(24, &1u32.to_le_bytes());
     put(28, &(pages as u16).to_le_bytes());
     Ok(out)
+}
+
+/// Whether an INIT's answer says that SETXATTR has its longer form.
+pub fn is_extended(answer: &[u8; OUT]) -> bool {
+    u32::from_le_bytes([answer[12], answer[13], answer[14], answer[15]]) & SETXATTR_EXT != 0
 }
 
 /// Pages of data in a packet; Linux takes a packet that is 32 bytes shorter than the send buffer.
@@ -132,7 +163,7 @@ mod tests {
     #[test]
     fn only_what_both_know_is_agreed_on() {
         let out = answer(&init(7, 37, u32::MAX), 8 << 20, Sharing::Alone).unwrap();
-        assert_eq!(field(&out, 12), OPTIONS.bits() as u32);
+        assert_eq!(field(&out, 12), OPTIONS.bits() as u32 | SETXATTR_EXT);
         assert_eq!(field(&out, 20), 1 << 20);
         assert_eq!(field(&out, 28), 256);
         assert_eq!(field(&answer(&init(7, 37, 0x20), 8 << 20, Sharing::Alone).unwrap(), 12), 0x20);
@@ -155,6 +186,20 @@ mod tests {
         assert!(alone.contains(FsOptions::WRITEBACK_CACHE) && !alone.contains(FsOptions::AUTO_INVAL_DATA));
         assert!(!with_host.intersects(FsOptions::WRITEBACK_CACHE | FsOptions::EXPLICIT_INVAL_DATA));
         assert!(with_host.contains(FsOptions::AUTO_INVAL_DATA));
+        assert!(alone.contains(FsOptions::DO_READDIRPLUS) && !with_host.contains(FsOptions::DO_READDIRPLUS));
+    }
+
+    #[test]
+    fn ids_can_be_mapped_of_files_that_the_host_has_as_well() {
+        let mut body = init(7, 41, u32::MAX);
+        let upper = |body: &[u8], sharing| field(&answer(body, 8 << 20, sharing).unwrap(), 32);
+        assert_eq!(upper(&body, Sharing::WithHost), 0);
+        body[16..20].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(upper(&body, Sharing::WithHost), 1 << 8);
+        assert_eq!(upper(&body, Sharing::Alone), 0);
+        // What lies there means nothing without INIT_EXT.
+        body[12..16].copy_from_slice(&(!(1u32 << 30)).to_le_bytes());
+        assert_eq!(upper(&body, Sharing::WithHost), 0);
     }
 
     #[test]

@@ -6,7 +6,10 @@
 //! ownership. That needs SECBIT_NO_SETUID_FIXUP ([`crate::jail`]); without it a change of user would drop
 //! CAP_DAC_OVERRIDE, and a member of a supplementary group could not create a file that its guest allows.
 //!
-//! All of it is per thread on Linux, and rustix makes the bare system calls, so only the thread that serves changes.
+//! All of it is per thread on Linux, and rustix makes the bare system calls, so only the thread that serves changes. (The umask is
+//! a thread's own after unshare(CLONE_FS).)
+
+use std::cell::Cell;
 
 use rustix::{
     fs::{Gid, Mode, Uid},
@@ -45,7 +48,7 @@ pub fn creating_as<T>(uid: u32, gid: u32, mask: u32, create: impl FnOnce() -> Re
     if uid == u32::MAX || gid == u32::MAX {
         return Err(Errno::INVAL);
     }
-    umask(Mode::from_raw_mode(mask & 0o777));
+    set_mask(mask);
     if uid == 0 && gid == 0 {
         return create();
     }
@@ -67,24 +70,46 @@ impl Drop for BackToRoot {
     }
 }
 
+thread_local! {
+    /// The calling thread's effective capabilities and its umask, as far as they are known: most requests need them as
+    /// the one before left them.
+    static EFFECTIVE: Cell<CapabilitySet> = const { Cell::new(CAPABILITIES) };
+    static MASK: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+fn set_mask(mask: u32) {
+    let mask = mask & 0o777;
+    if MASK.replace(Some(mask)) != Some(mask) {
+        umask(Mode::from_raw_mode(mask));
+    }
+}
+
 /// Changes a file with `change` such that the kernel takes setuid and setgid bits away, as it does for a caller without
-/// CAP_FSETID; the guest asks for that where its caller has not.
+/// CAP_FSETID; the guest asks for that where its caller has not. The thread stays without it until [`with_all`].
 ///
 /// # Errors
-/// `change`'s, or that of dropping the capability.
+/// `change`'s, or that of changing the capabilities.
 pub fn without_fsetid<T>(drop_it: bool, change: impl FnOnce() -> T) -> Result<T, Errno> {
-    if !drop_it {
-        return Ok(change());
-    }
-    set_effective(CAPABILITIES.difference(CapabilitySet::FSETID))?;
-    let result = change();
-    set_effective(CAPABILITIES)?;
-    Ok(result)
+    set_effective(if drop_it { CAPABILITIES.difference(CapabilitySet::FSETID) } else { CAPABILITIES })?;
+    Ok(change())
+}
+
+/// Gives the thread all of its capabilities back.
+///
+/// # Errors
+/// If one is not permitted.
+pub fn with_all() -> Result<(), Errno> {
+    set_effective(CAPABILITIES)
 }
 
 /// # Errors
 /// If a capability is not permitted.
 fn set_effective(effective: CapabilitySet) -> Result<(), Errno> {
+    if EFFECTIVE.get() == effective {
+        return Ok(());
+    }
     let inheritable = CapabilitySet::empty();
-    set_capabilities(None, CapabilitySets { effective, permitted: CAPABILITIES, inheritable })
+    set_capabilities(None, CapabilitySets { effective, permitted: CAPABILITIES, inheritable })?;
+    EFFECTIVE.set(effective);
+    Ok(())
 }

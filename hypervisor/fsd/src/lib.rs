@@ -7,10 +7,15 @@
 //! ```
 //!
 //! The guest on the other side is hostile. It may ask for anything on any file of the shared directory, as that is what it is
-//! for; it must not reach anything else, nor stop this process: node and descriptor counts are bounded (by `--max-files`, or by what
-//! the process may open), requests are bounded, and the process belongs to the pod's cgroup.
+//! for; it must not reach anything else, nor stop this process, nor use more than the pod's share of the host: whatever is kept
+//! open for it counts against one budget (`--max-files`, which the shim derives from the pod's overhead; see [`budget`]), requests are
+//! bounded, and the process belongs to the pod's cgroup.
+//!
+//! Several threads serve each socket ([`session`]), so that one request that waits for a disk does not stop the others ([`slow`]).
 
 pub mod attributes;
+pub mod budget;
+pub mod controls;
 pub mod directory;
 pub mod files;
 pub mod filesystem;
@@ -20,6 +25,8 @@ pub mod jail;
 pub mod locks;
 pub mod nodes;
 pub mod ranges;
+pub mod service;
 pub mod session;
+pub mod slow;
 pub mod tree;
 pub mod wire;

@@ -19,10 +19,13 @@ use rustix::{
     io::Errno,
 };
 
-use crate::ranges::Ranges;
+use crate::{budget::Claim, ranges::Ranges};
 
 /// Owners that may hold locks at once, each with a descriptor.
-pub const MAX_OWNERS: usize = 1024;
+const MAX_OWNERS: usize = 1024;
+
+/// Ranges that all owners may have locked at once: the host's kernel has some memory in use for each.
+const MAX_RANGES: usize = 16384;
 
 /// FUSE_LK_FLOCK of include/uapi/linux/fuse.h.
 const FLOCK: u32 = 1;
@@ -39,28 +42,34 @@ struct Key {
 struct Held {
     file: File,
     ranges: Ranges,
+    _claim: Claim,
 }
 
 /// All that the guest holds.
 #[derive(Debug, Default)]
 pub struct Locks {
     held: HashMap<Key, Held>,
+    /// Of all owners.
+    ranges: usize,
 }
 
 impl Locks {
-    /// Takes a lock or gives it back. `open` opens the file, for writing if it is told so and that is possible.
+    /// Takes a lock or gives it back. `open` opens the file with a part of the budget, for writing if that is asked for and possible.
     ///
     /// # Errors
-    /// EAGAIN if somebody else has it, ENOLCK if too many owners hold locks, EINVAL, the system calls'.
+    /// EAGAIN if somebody else has it, ENOLCK if too many locks are held, EINVAL, the system calls'.
     pub fn set(
         &mut self,
         (node, owner): (u64, u64),
         lock: FileLock,
         flags: u32,
-        open: impl FnOnce(bool) -> Result<File, Errno>,
+        open: impl FnOnce(bool) -> Result<(File, Claim), Errno>,
     ) -> Result<(), Errno> {
         let key = Key { node, owner, flock: flags & FLOCK != 0 };
         let kind = i16::try_from(lock.lock_type).map_err(|_| Errno::INVAL)?;
+        if ![libc::F_RDLCK, libc::F_WRLCK, libc::F_UNLCK].contains(&i32::from(kind)) {
+            return Err(Errno::INVAL);
+        }
         let release = kind == libc::F_UNLCK as i16;
         if !self.held.contains_key(&key) {
             if release {
@@ -69,20 +78,24 @@ impl Locks {
             if self.held.len() >= MAX_OWNERS {
                 return Err(Errno::NOLCK);
             }
-            self.held.insert(key, Held { file: open(!key.flock)?, ranges: Ranges::default() });
+            let (file, claim) = open(!key.flock)?;
+            self.held.insert(key, Held { file, ranges: Ranges::default(), _claim: claim });
         }
         let held = self.held.get_mut(&key).ok_or(Errno::NOLCK)?;
+        if self.ranges >= MAX_RANGES && (!release || held.ranges.are_split_by(lock.start, lock.end)) {
+            self.remove_if_empty(&key);
+            return Err(Errno::NOLCK);
+        }
+        let before = held.ranges.len();
         let done = if key.flock {
             let operation = match i32::from(kind) {
                 libc::F_RDLCK => FlockOperation::NonBlockingLockShared,
                 libc::F_WRLCK => FlockOperation::NonBlockingLockExclusive,
-                libc::F_UNLCK => FlockOperation::NonBlockingUnlock,
-                _ => return Err(Errno::INVAL),
+                _ => FlockOperation::NonBlockingUnlock,
             };
             flock(&held.file, operation)
         } else {
-            let mut lock = description(kind, &lock)?;
-            call(&held.file, libc::F_OFD_SETLK, &mut lock)
+            description(kind, &lock).and_then(|mut lock| call(&held.file, libc::F_OFD_SETLK, &mut lock))
         };
         if done.is_ok() {
             let (first, last) = if key.flock { (0, u64::MAX) } else { (lock.start, lock.end) };
@@ -92,10 +105,15 @@ impl Locks {
                 held.ranges.insert(first, last);
             }
         }
-        if held.ranges.is_empty() {
-            self.held.remove(&key);
-        }
+        self.ranges = (self.ranges + held.ranges.len()).saturating_sub(before);
+        self.remove_if_empty(&key);
         done
+    }
+
+    fn remove_if_empty(&mut self, key: &Key) {
+        if self.held.get(key).is_some_and(|held| held.ranges.is_empty()) {
+            self.held.remove(key);
+        }
     }
 
     /// The lock that stands in the way of `lock`, or one of type F_UNLCK.
@@ -106,13 +124,13 @@ impl Locks {
         &self,
         (node, owner): (u64, u64),
         lock: FileLock,
-        open: impl FnOnce(bool) -> Result<File, Errno>,
+        open: impl FnOnce(bool) -> Result<(File, Claim), Errno>,
     ) -> Result<FileLock, Errno> {
         let kind = i16::try_from(lock.lock_type).map_err(|_| Errno::INVAL)?;
         let mut found = description(kind, &lock)?;
         match self.held.get(&Key { node, owner, flock: false }) {
             Some(held) => call(&held.file, libc::F_OFD_GETLK, &mut found)?,
-            None => call(open(true)?, libc::F_OFD_GETLK, &mut found)?,
+            None => call(open(true)?.0, libc::F_OFD_GETLK, &mut found)?,
         }
         let start = u64::try_from(found.l_start).map_err(|_| Errno::IO)?;
         let end = match u64::try_from(found.l_len).map_err(|_| Errno::IO)? {
@@ -125,12 +143,17 @@ impl Locks {
 
     /// Ends the locks of a node that is gone.
     pub fn forget(&mut self, node: u64) {
+        if self.held.is_empty() {
+            return;
+        }
         self.held.retain(|key, _| key.node != node);
+        self.ranges = self.held.values().map(|held| held.ranges.len()).sum();
     }
 
     /// Ends all.
     pub fn clear(&mut self) {
         self.held.clear();
+        self.ranges = 0;
     }
 }
 

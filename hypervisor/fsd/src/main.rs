@@ -1,29 +1,45 @@
 //! The program: takes two descriptors, enters the jail, serves until the monitor closes the socket.
 //!
-//! `caisson-fsd --socket-fd 3 --root-fd 4 [--host-socket-fd 5] [--max-files N]`: a SOCK_SEQPACKET socket to a virtio-fs
-//! device, the shared directory, the socket of another device that shows the same directory to a guest that shares it
-//! with the host's processes ([`Sharing::WithHost`]), and how many files the guest may remember at once by each
-//! (default: as many as descriptors can be had, about a million in all). A guest that wants more gets ENFILE.
+//! `caisson-fsd --socket-fd 3 --root-fd 4 [--host-socket-fd 5] [--max-files N] [--threads N]`: a SOCK_SEQPACKET socket to a
+//! virtio-fs device, the shared directory, the socket of another device that shows the same directory to a guest that shares it
+//! with the host's processes ([`Sharing::WithHost`]), how many files the guest may remember and have open at once in all
+//! ([`caisson_fsd::budget`]; default: as many as descriptors can be had, about a million), and how many threads serve each
+//! socket. A guest that wants more files gets ENFILE.
 //!
 //! Exit status 0 when the sockets close, 1 with a message on standard error otherwise.
 
 use std::{
     os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
     process::ExitCode,
+    sync::{Arc, Barrier},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use caisson_fsd::{
+    budget::Budget,
+    files::OpenFiles,
     handshake::Sharing,
     jail,
     session::{self, Session},
-    tree::{RESERVED_DESCRIPTORS, Tree},
+    tree::Tree,
 };
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::{
+    process::{Resource, Rlimit, setrlimit},
+    thread::{UnshareFlags, unshare_unsafe},
+};
 use slog::{Logger, error, info};
 
-/// Of the thread that serves, bytes: directory listings take 4 KiB, the rest is calls.
+/// Of a thread that serves, bytes: directory listings take 4 KiB, the rest is calls.
 const STACK: usize = 256 * 1024;
+
+/// Threads that serve a socket: enough to have several requests wait for a disk at once. Each may need 2 MiB for them.
+const THREADS: usize = 4;
+const MAX_THREADS: usize = 64;
+
+/// Descriptors that no guest causes: the process's own.
+const RESERVED_DESCRIPTORS: usize = 64;
+/// Descriptors that one request needs beside those that count.
+const DESCRIPTORS_OF_A_REQUEST: usize = 24;
 
 fn main() -> ExitCode {
     // The records of fuse-backend-rs are not bridged into it: they hold whole requests of the guest.
@@ -38,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(log: &Logger) -> Result<()> {
-    let Arguments { socket, host_socket, root, max_files } = arguments(std::env::args().skip(1))?;
+    let Arguments { socket, host_socket, root, max_files, threads } = arguments(std::env::args().skip(1))?;
     let named = [("--socket-fd", Some(socket), Sharing::Alone), ("--host-socket-fd", host_socket, Sharing::WithHost)];
     let mut sockets = Vec::new();
     for (name, number, sharing) in named {
@@ -53,32 +69,48 @@ fn run(log: &Logger) -> Result<()> {
     let root = descriptor(root, "--root-fd")?;
     jail::check_directory(&root).context("--root-fd")?;
     let jail = jail::enter(root)?;
-    let each = usize::try_from(jail.descriptors)? / sockets.len();
-    let nodes = each.saturating_sub(RESERVED_DESCRIPTORS);
-    ensure!(nodes > 0, "at most {} descriptors are allowed, {RESERVED_DESCRIPTORS} are too few", jail.descriptors);
-    let mut threads = Vec::new();
-    for (socket, sharing) in sockets {
+    let reserved = RESERVED_DESCRIPTORS + sockets.len() * threads * DESCRIPTORS_OF_A_REQUEST;
+    let budget = usize::try_from(jail.descriptors)?.saturating_sub(reserved).min(max_files);
+    ensure!(budget > 0, "at most {} descriptors are allowed, {reserved} are too few", jail.descriptors);
+    let limit = Some((budget + reserved) as u64);
+    setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit }).context("limiting descriptors")?;
+    let files = Arc::new(OpenFiles::new(Budget::new(budget)));
+    let mut sessions = Vec::new();
+    for (connection, (socket, sharing)) in sockets.into_iter().enumerate() {
         let (root, proc_fds) = (jail.root.try_clone()?, jail.proc_fds.try_clone()?);
         let tree =
-            Tree::new(root, proc_fds, nodes.min(max_files), sharing).context("looking at the shared directory")?;
-        let session = Session::new(socket, tree, log.clone())?;
-        // A thread of its own, because it changes its user all the time and the main thread must not (see jail::enter).
-        let serve = move || serve(&session);
-        threads.push(std::thread::Builder::new().name("fs".into()).stack_size(STACK).spawn(serve)?);
+            Tree::new(root, proc_fds, files.clone(), connection, sharing).context("looking at the shared directory")?;
+        sessions.push(Session::new(socket, tree, threads, log.clone())?);
     }
     drop(jail);
-    for thread in threads {
-        if thread.join().is_err() {
-            bail!("a serving thread panicked");
+    // All threads wait here twice: when they are ready for the filter (see caisson_fsd::jail), and until it is there.
+    let gate = Barrier::new(sessions.len() * threads + 1);
+    std::thread::scope(|scope| {
+        let start = || {
+            for session in sessions.iter().flat_map(|session| std::iter::repeat_n(session, threads)) {
+                // Threads of their own, because they change their user all the time and the main thread must not (see
+                // jail::enter).
+                let thread = std::thread::Builder::new().name("fs".into()).stack_size(STACK);
+                thread.spawn_scoped(scope, || serve(session, &gate))?;
+            }
+            gate.wait();
+            jail::filter::install()?;
+            gate.wait();
+            anyhow::Ok(())
+        };
+        if let Err(error) = start() {
+            // The threads that wait would wait for ever.
+            error!(log, "{:#}", error);
+            std::process::exit(1);
         }
-    }
+    });
     info!(log, "the monitor closed its end");
     Ok(())
 }
 
-/// Serves one socket until it closes. When that fails the process ends, whatever the other does: half a file server is
+/// Serves one socket until it closes. When that fails the process ends, whatever the others do: half a file server is
 /// none.
-fn serve(session: &Session) {
+fn serve(session: &Session, gate: &Barrier) {
     /// Ends the process if the thread panics.
     struct Bomb;
     impl Drop for Bomb {
@@ -91,8 +123,10 @@ fn serve(session: &Session) {
     let _bomb = Bomb;
     // The umask, which each request sets, is a thread's own only if its working directory is.
     // SAFETY: no FILES flag: the table of descriptors stays as it is.
-    let served = unsafe { unshare_unsafe(UnshareFlags::FS) }.and_then(|()| session.run());
-    if let Err(errno) = served {
+    let unshared = unsafe { unshare_unsafe(UnshareFlags::FS) };
+    gate.wait();
+    gate.wait();
+    if let Err(errno) = unshared.and_then(|()| session.run()) {
         error!(session.log(), "the socket to the monitor failed"; "error" => %errno);
         std::process::exit(1);
     }
@@ -103,11 +137,14 @@ struct Arguments {
     host_socket: Option<RawFd>,
     root: RawFd,
     max_files: usize,
+    threads: usize,
 }
 
 fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
-    const USAGE: &str = "usage: caisson-fsd --socket-fd N --root-fd N [--host-socket-fd N] [--max-files N]";
-    let (mut socket, mut host_socket, mut root, mut max_files) = (None, None, None, usize::MAX);
+    const USAGE: &str =
+        "usage: caisson-fsd --socket-fd N --root-fd N [--host-socket-fd N] [--max-files N] [--threads N]";
+    let (mut socket, mut host_socket, mut root) = (None, None, None);
+    let (mut max_files, mut threads) = (usize::MAX, THREADS);
     while let Some(word) = words.next() {
         let mut number = || words.next().with_context(|| format!("{word} needs a number; {USAGE}"));
         let wrong = |value: &str| format!("{word} {value:?}: not a number");
@@ -118,12 +155,14 @@ fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
             }
             "--root-fd" => root = Some(number().and_then(|n| n.parse().with_context(|| wrong(&n)))?),
             "--max-files" => max_files = number().and_then(|n| n.parse().with_context(|| wrong(&n)))?,
+            "--threads" => threads = number().and_then(|n| n.parse().with_context(|| wrong(&n)))?,
             other => bail!("unknown argument {other:?}; {USAGE}"),
         }
     }
     let socket = socket.with_context(|| format!("--socket-fd is missing; {USAGE}"))?;
     let root = root.with_context(|| format!("--root-fd is missing; {USAGE}"))?;
-    Ok(Arguments { socket, host_socket, root, max_files })
+    ensure!((1..=MAX_THREADS).contains(&threads), "--threads {threads}: 1 to {MAX_THREADS} can serve a socket");
+    Ok(Arguments { socket, host_socket, root, max_files, threads })
 }
 
 /// Takes over an inherited descriptor.

@@ -12,6 +12,17 @@ impl Ranges {
         self.0.is_empty()
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there would be one more without `first..=last`.
+    pub fn are_split_by(&self, first: u64, last: u64) -> bool {
+        let before = self.0.range(..first).next_back();
+        before.is_some_and(|(_, end)| *end > last)
+    }
+
     /// Adds `first..=last`.
     pub fn insert(&mut self, first: u64, last: u64) {
         if first > last {

@@ -1,4 +1,4 @@
-//! The conversation with the device: one packet in, one packet out.
+//! The requests and replies of one device: one packet in, one packet out.
 //!
 //! The monitor has checked each packet's length and numbered it; everything else of it is the guest's and may be anything.
 //! Every request but FORGET gets exactly one reply, because the guest waits for it.
@@ -6,6 +6,11 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::{
+        Arc, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use fuse_backend_rs::{
@@ -20,17 +25,22 @@ use rustix::{
 use slog::{Logger, debug};
 
 use crate::{
-    filesystem::Service,
+    controls::control,
     handshake::{self, HEADER_ROOM, MAX_DATA},
+    identity,
+    service::Service,
+    slow::Slow,
     tree::Tree,
     wire::{Answer, MAX_ANSWER, Request},
 };
 
 const REQUEST_HEADER: usize = 40;
 const REPLY_HEADER: usize = 16;
-/// The commands of ioctl(2) that lsattr and chattr use (include/uapi/linux/fs.h).
-const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
-const FS_IOC_SETFLAGS: u32 = 0x4008_6602;
+/// The longest request that may take long, bytes.
+const MAX_SLOW: usize = 256;
+/// How often, and after which pause, a short reply is sent again that the host had no memory for: ten seconds in all.
+const SEND_TRIES: u32 = 500;
+const SEND_PAUSE: Duration = Duration::from_millis(20);
 /// The send buffer that we try for, bytes.
 const SEND_BUFFER: usize = 4 << 20;
 
@@ -44,24 +54,38 @@ struct Header {
     gid: u32,
 }
 
-/// Serves a tree over a socket.
+/// Serves a tree over a socket, by any number of threads at once.
 pub struct Session {
     socket: OwnedFd,
     send_buffer: usize,
-    server: Server<std::sync::Arc<Service>>,
-    service: std::sync::Arc<Service>,
+    server: Server<Arc<Service>>,
+    service: Arc<Service>,
+    /// Whether the guest and we have agreed on the longer form of SETXATTR.
+    extended: AtomicBool,
+    /// Held while a request is carried out; exclusively by those that forget everything.
+    requests: RwLock<()>,
+    slow: Slow<Vec<u8>>,
     log: Logger,
 }
 
 impl Session {
-    /// A session over a SOCK_SEQPACKET socket.
+    /// A session over a SOCK_SEQPACKET socket, which `threads` threads will serve ([`Self::run`]).
     ///
     /// # Errors
     /// If the descriptor is not a socket.
-    pub fn new(socket: OwnedFd, tree: Tree, log: Logger) -> Result<Self, Errno> {
+    pub fn new(socket: OwnedFd, tree: Tree, threads: usize, log: Logger) -> Result<Self, Errno> {
         let send_buffer = sockopt::socket_send_buffer_size(&socket)?;
-        let service = std::sync::Arc::new(Service::new(tree));
-        Ok(Self { socket, send_buffer, server: Server::new(service.clone()), service, log })
+        let service = Arc::new(Service { tree });
+        Ok(Self {
+            socket,
+            send_buffer,
+            server: Server::new(service.clone()),
+            service,
+            extended: AtomicBool::new(false),
+            requests: RwLock::new(()),
+            slow: Slow::new(threads),
+            log,
+        })
     }
 
     /// Where it logs.
@@ -69,7 +93,8 @@ impl Session {
         &self.log
     }
 
-    /// Serves until the other end closes.
+    /// Serves until the other end closes. A packet reaches one of the threads that do so; replies go in the order in which
+    /// they are ready.
     ///
     /// # Errors
     /// If the socket fails otherwise.
@@ -95,51 +120,81 @@ impl Session {
     fn serve(&self, request: Option<&mut [u8]>, reply: &mut [u8]) -> Result<(), Errno> {
         let Some(request) = request else { return Ok(()) };
         let Some(header) = Header::parse(request) else { return Ok(()) };
-        let body = request.get(REQUEST_HEADER..).unwrap_or(&[]);
-        let is = |opcode: Opcode| header.opcode == opcode as u32;
         if header.len != request.len() {
-            return if is(Opcode::Forget) || is(Opcode::BatchForget) {
-                Ok(())
-            } else {
-                self.fail(&header, libc::EINVAL)
+            return if header.wants_reply() { self.fail(&header, libc::EINVAL) } else { Ok(()) };
+        }
+        if !header.may_take_long() {
+            return self.carry_out(&header, request, reply);
+        }
+        // None of them is longer; what is put aside has a bound.
+        if request.len() > MAX_SLOW {
+            return self.fail(&header, libc::EINVAL);
+        }
+        let serve = |mut request: Vec<u8>| match Header::parse(&request) {
+            Some(header) => self.carry_out(&header, &mut request, reply),
+            None => Ok(()),
+        };
+        self.slow.run(request.to_vec(), serve).unwrap_or_else(|_| self.fail(&header, libc::ENOMEM))
+    }
+
+    fn carry_out(&self, header: &Header, request: &mut [u8], reply: &mut [u8]) -> Result<(), Errno> {
+        let body = request.get(REQUEST_HEADER..).unwrap_or(&[]);
+        if header.is(Opcode::Init) {
+            let _alone = self.requests.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+            self.service.tree.clear();
+            return match handshake::answer(body, self.send_buffer, self.service.tree.sharing()) {
+                Ok(answer) => {
+                    self.extended.store(handshake::is_extended(&answer), Ordering::Relaxed);
+                    self.answer(header, &answer)
+                }
+                Err(errno) => self.fail(header, errno),
             };
         }
-        if is(Opcode::Init) {
-            let mut tree = self.service.tree();
-            tree.clear();
-            return match handshake::answer(body, self.send_buffer, tree.sharing()) {
-                Ok(answer) => self.answer(&header, &answer),
-                Err(errno) => self.fail(&header, errno),
-            };
+        let (_alone, _with_others) = if header.is(Opcode::Destroy) {
+            (Some(self.requests.write().unwrap_or_else(|poisoned| poisoned.into_inner())), None)
+        } else {
+            (None, Some(self.requests.read().unwrap_or_else(|poisoned| poisoned.into_inner())))
+        };
+        // WRITE leaves the thread without one.
+        if !header.is(Opcode::Write)
+            && let Err(errno) = identity::with_all()
+        {
+            return self.fail(header, errno.raw_os_error());
         }
-        if let Some(parsed) = Request::parse(header.opcode, body) {
-            return match parsed.ok_or(Errno::INVAL).and_then(|request| self.carry_out(&header, request)) {
-                Ok(answer) => self.answer(&header, answer.bytes()),
-                Err(errno) => self.fail(&header, errno.raw_os_error()),
+        if let Some(parsed) = Request::parse(header.opcode, body, self.extended.load(Ordering::Relaxed)) {
+            return match parsed.ok_or(Errno::INVAL).and_then(|request| self.decoded(header, request)) {
+                Ok(answer) => self.answer(header, answer.bytes()),
+                Err(errno) => self.fail(header, errno.raw_os_error()),
             };
         }
         // Both are never answered by the crate; the device waits for an answer to everything.
-        if is(Opcode::Interrupt) || is(Opcode::NotifyReply) {
-            return self.fail(&header, libc::ENOSYS);
+        if header.is(Opcode::Interrupt) || header.is(Opcode::NotifyReply) {
+            return self.fail(header, libc::ENOSYS);
         }
         let (Ok(reader), Ok(writer)) = (
             Reader::<()>::from_fuse_buffer(FuseBuf::new(request)),
             FuseDevWriter::new(self.socket.as_fd().as_raw_fd(), reply),
         ) else {
-            return self.fail(&header, libc::EIO);
+            return self.fail(header, libc::EIO);
         };
         match self.server.handle_message(reader, writer.into(), None, None) {
             Ok(_) => Ok(()),
+            Err(_) if !header.wants_reply() => Ok(()),
+            // The reply could not be sent.
+            Err(fuse_backend_rs::Error::EncodeMessage(error)) => {
+                debug!(self.log, "a reply was not sent"; "opcode" => header.opcode, "error" => %error);
+                self.fail(header, libc::EIO)
+            }
             // Malformed; some such are answered already, then the device drops this second answer.
             Err(error) => {
                 debug!(self.log, "malformed request"; "opcode" => header.opcode, "error" => %error);
-                if is(Opcode::Forget) || is(Opcode::BatchForget) { Ok(()) } else { self.fail(&header, libc::EINVAL) }
+                self.fail(header, libc::EINVAL)
             }
         }
     }
 
     /// What the crate does not know.
-    fn carry_out(&self, header: &Header, request: Request) -> Result<Answer, Errno> {
+    fn decoded(&self, header: &Header, request: Request) -> Result<Answer, Errno> {
         let (service, node) = (&self.service, header.node);
         Ok(match request {
             Request::CopyFileRange { from, to_node, to, len } => {
@@ -156,12 +211,13 @@ impl Session {
                 let (stat, ino, timeout) = service.statx(node)?;
                 Answer::statx(&stat, ino, timeout)
             }
-            Request::Ioctl { command: FS_IOC_GETFLAGS, .. } => Answer::ioctl(Some(service.flags(node, None)?)),
-            Request::Ioctl { command: FS_IOC_SETFLAGS, value: Some(flags) } => {
-                service.flags(node, Some(flags))?;
-                Answer::ioctl(None)
+            Request::Ioctl { command, data } => {
+                Answer::ioctl(&control(command, &data, || service.open_for_ioctl(node))?)
             }
-            Request::Ioctl { .. } => return Err(Errno::NOTTY),
+            Request::Setxattr { name, value, flags, without_setgid } => {
+                service.set_attribute(node, (&name, &value), flags, without_setgid)?;
+                Answer::default()
+            }
         })
     }
 
@@ -183,11 +239,38 @@ impl Session {
             place.copy_from_slice(field);
             rest = later;
         }
-        send(&self.socket, packet.get(..len).ok_or(Errno::MSGSIZE)?, SendFlags::NOSIGNAL).map(drop)
+        let packet = packet.get(..len).ok_or(Errno::MSGSIZE)?;
+        let mut tries = 0;
+        loop {
+            match send(&self.socket, packet, SendFlags::NOSIGNAL) {
+                // The host is short of memory, which passes; without this reply the pod would end.
+                Err(Errno::NOBUFS | Errno::NOMEM) if tries < SEND_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(SEND_PAUSE);
+                }
+                Err(Errno::INTR) => {}
+                sent => return sent.map(drop),
+            }
+        }
     }
 }
 
 impl Header {
+    fn is(&self, opcode: Opcode) -> bool {
+        self.opcode == opcode as u32
+    }
+
+    fn wants_reply(&self) -> bool {
+        !self.is(Opcode::Forget) && !self.is(Opcode::BatchForget)
+    }
+
+    /// Whether it may wait for a disk for long.
+    fn may_take_long(&self) -> bool {
+        const SYNCFS: u32 = 50;
+        let slow = [Opcode::Fsync, Opcode::Fsyncdir, Opcode::Fallocate, Opcode::CopyFileRange];
+        slow.into_iter().any(|opcode| self.is(opcode)) || self.opcode == SYNCFS
+    }
+
     fn parse(request: &[u8]) -> Option<Self> {
         if request.len() < REQUEST_HEADER {
             return None;

@@ -9,12 +9,17 @@
 //! shim, which adds and removes pods' directories there at any time: nothing of it is cached. What is mounted
 //! below (a container's root file system) nobody changes but the guest: that is cached for a day, names
 //! that do not exist included. Of a tree that is shared with the host's processes nothing is.
+//!
+//! Several threads serve a tree. Each map has a lock of its own that is held for a look at the map and never for a system
+//! call; what is found there is shared (`Arc`), so that a descriptor stays open, and its number the file's, as long as a
+//! request uses it. One lock is held longer, for files of overlays: see [`Tree::change`].
+
+mod opening;
 
 use std::{
-    collections::{HashMap, HashSet},
     ffi::CStr,
-    fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
 };
 
@@ -26,59 +31,84 @@ use rustix::{
 };
 
 use crate::{
-    attributes::{attributes, examine, key, kind},
-    directory::Directory,
-    files::{Access, OpenFiles, out_of_descriptors, reopen},
+    attributes::{attributes, examine, examine_name, is_overlay, is_read_only, key, kind},
+    budget::Claim,
+    directory::Directories,
+    files::{OpenFiles, out_of_descriptors},
     handshake::Sharing,
     locks::Locks,
-    nodes::Nodes,
+    nodes::{Node, Nodes, Path},
 };
 
 const CACHED: Duration = Duration::from_secs(24 * 3600);
 
-/// Directories that may be open at once.
-const MAX_DIRECTORIES: usize = 1024;
-
-/// Descriptors that are not nodes: open files and directories, the process's own, and what one request needs.
-pub const RESERVED_DESCRIPTORS: usize = MAX_DIRECTORIES + crate::files::SLOTS + crate::locks::MAX_OWNERS + 64;
-
 /// See the module's introduction.
 #[derive(Debug)]
 pub struct Tree {
-    /// The nodes.
-    pub nodes: Nodes,
-    /// Files open for reading and writing.
-    pub files: OpenFiles,
+    nodes: Mutex<Nodes>,
+    directories: Mutex<Directories>,
     /// Locks that the guest holds of files that it shares with the host.
-    pub locks: Locks,
+    locks: Mutex<Locks>,
     /// The devices that files were seen on; see [`Tree::ino`].
-    devices: Vec<(u32, u32)>,
-    directories: HashMap<u64, (u64, Directory)>,
-    next_handle: u64,
+    devices: Mutex<Vec<(u32, u32)>>,
+    /// Held for writing while an overlay's file may get another identity; see [`Tree::change`].
+    identities: RwLock<()>,
+    /// Files open for reading and writing, and the budget: all trees'.
+    files: Arc<OpenFiles>,
+    connection: usize,
+    root_mount: u64,
     proc_fds: OwnedFd,
     sharing: Sharing,
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
 impl Tree {
-    /// The tree below `root`, which the guest may know `limit` files of. `proc_fds` is `/proc/self/fd`.
+    /// The tree below `root`, for the connection with this number. `proc_fds` is `/proc/self/fd`.
     ///
     /// # Errors
     /// If `root` cannot be looked at.
-    pub fn new(root: OwnedFd, proc_fds: OwnedFd, limit: usize, sharing: Sharing) -> Result<Self, Errno> {
+    pub fn new(
+        root: OwnedFd,
+        proc_fds: OwnedFd,
+        files: Arc<OpenFiles>,
+        connection: usize,
+        sharing: Sharing,
+    ) -> Result<Self, Errno> {
         let key = key(&examine(&root)?);
-        let nodes = Nodes::new(root, key, limit);
-        let (files, locks, directories) = (OpenFiles::default(), Locks::default(), HashMap::new());
-        // The shared directory's own device is of no volume.
-        let devices = vec![key.device];
-        Ok(Self { nodes, files, locks, devices, directories, next_handle: 1, proc_fds, sharing })
+        Ok(Self {
+            nodes: Mutex::new(Nodes::new(Node::new(Path::new(root, None), key.mount, key, FileType::Directory))),
+            directories: Mutex::default(),
+            locks: Mutex::default(),
+            // The shared directory's own device is of no volume.
+            devices: Mutex::new(vec![key.device]),
+            identities: RwLock::new(()),
+            files,
+            connection,
+            root_mount: key.mount,
+            proc_fds,
+            sharing,
+        })
     }
 
-    /// Forgets what a guest knew: it has restarted or unmounted.
-    pub fn clear(&mut self) {
-        self.nodes.clear();
-        self.files.clear();
-        self.locks.clear();
-        self.directories.clear();
+    fn nodes(&self) -> MutexGuard<'_, Nodes> {
+        lock(&self.nodes)
+    }
+
+    /// Locks that the guest holds.
+    pub fn locks(&self) -> MutexGuard<'_, Locks> {
+        lock(&self.locks)
+    }
+
+    /// Forgets what a guest knew: it has restarted or unmounted. No request may be served meanwhile.
+    pub fn clear(&self) {
+        let gone = self.nodes().clear();
+        drop(gone);
+        self.files.clear(self.connection);
+        self.locks().clear();
+        *lock(&self.directories) = Directories::default();
     }
 
     /// Who changes its files.
@@ -89,22 +119,23 @@ impl Tree {
     /// The inode number that the guest sees of a file with `inode` on `device`. All volumes of a pod are one file system there, and the
     /// host's inode numbers are unique on one device only: the second device and those behind it have a number in the upper bits.
     /// Container roots keep the host's numbers: each container sees one of them.
-    pub fn ino(&mut self, device: (u32, u32), inode: u64) -> u64 {
+    pub fn ino(&self, device: (u32, u32), inode: u64) -> u64 {
         const SHIFT: u32 = 48;
         if self.sharing == Sharing::Alone || inode >> SHIFT != 0 {
             return inode;
         }
-        let known = self.devices.iter().position(|known| *known == device);
+        let mut devices = lock(&self.devices);
+        let known = devices.iter().position(|known| *known == device);
         let index = known.unwrap_or_else(|| {
-            self.devices.push(device);
-            self.devices.len() - 1
+            devices.push(device);
+            devices.len() - 1
         });
         // The shared directory has index 0, the first volume 1.
         inode | ((index as u64).saturating_sub(1) & 0x7fff) << SHIFT
     }
 
     /// The attributes that the guest gets of a file.
-    pub fn attributes(&mut self, stat: &Statx) -> stat64 {
+    pub fn attributes(&self, stat: &Statx) -> stat64 {
         attributes(stat, self.ino((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino))
     }
 
@@ -113,198 +144,249 @@ impl Tree {
         self.proc_fds.as_fd()
     }
 
-    /// The name below [`Self::proc_fds`] (and, since the jail makes that the working directory, the path) of a node.
+    /// The node with this number.
     ///
     /// # Errors
-    /// ESTALE if there is no such node.
-    pub fn proc_name(&self, node: u64) -> Result<DecInt, Errno> {
-        Ok(DecInt::from_fd(&self.nodes.get(node)?.path))
+    /// ESTALE if there is none.
+    pub fn node(&self, id: u64) -> Result<Arc<Node>, Errno> {
+        self.nodes().get(id)
+    }
+
+    /// A part of the budget for one more file that the guest knows.
+    ///
+    /// # Errors
+    /// ENFILE if nothing is left of it.
+    pub fn claim(&self) -> Result<Claim, Errno> {
+        self.files.claim(1)
     }
 
     /// Gives the guest a reference to what `name` in `parent` is.
     ///
     /// # Errors
-    /// EINVAL for a bad name, ENFILE if the guest knows too many files, the system calls'.
-    pub fn lookup(&mut self, parent: u64, name: &CStr) -> Result<Entry, Errno> {
-        let (path, stat) = self.find(parent, name)?;
-        if has_links(&stat)
-            && let Some(known) = self.nodes.find(&key(&stat))
+    /// EINVAL for a bad name, ENFILE if the guest knows too many files, ESTALE, the system calls'.
+    pub fn lookup(&self, parent: u64, name: &CStr) -> Result<Entry, Errno> {
+        let parent = self.node(parent)?;
+        component(name)?;
+        // Where nothing is cached, the guest asks again and again for what it knows.
+        if self.timeout(&parent).is_zero()
+            && let Some(entry) = self.refer(&parent, name)?
         {
-            // That node may have left this identity behind.
-            self.identify(known)?;
-            // And overlayfs changes a file of the image only by a name that still exists.
-            if self.nodes.find(&key(&stat)) == Some(known) && self.is_unlinked(known)? {
-                self.nodes.renew(known, path.try_clone().map_err(|_| Errno::NFILE)?);
-            }
+            return Ok(entry);
         }
-        self.entry(parent, path, &stat)
+        let _identities = parent.overlay.then(|| self.identities());
+        self.open_name(&parent, name, None)
     }
 
-    /// Gives the guest a reference to a file that was just created in `parent`.
+    /// The same for a file that was just made in `parent`, with a part of the budget.
     ///
     /// # Errors
-    /// ENFILE if the guest knows too many files, the system calls'.
-    pub fn enter_created(&mut self, parent: u64, file: &OwnedFd) -> Result<Entry, Errno> {
+    /// See [`Self::lookup`].
+    pub fn lookup_made(&self, parent: &Node, name: &CStr, claim: Claim) -> Result<Entry, Errno> {
+        let _identities = parent.overlay.then(|| self.identities());
+        self.open_name(parent, name, Some(claim))
+    }
+
+    /// The same while [`Self::exclusive`] is held.
+    ///
+    /// # Errors
+    /// See [`Self::lookup`].
+    pub fn lookup_exclusive(&self, parent: &Node, name: &CStr) -> Result<Entry, Errno> {
+        self.open_name(parent, name, None)
+    }
+
+    /// A reference to what `name` is, if that is a file that the guest knows by the same mount.
+    fn refer(&self, parent: &Node, name: &CStr) -> Result<Option<Entry>, Errno> {
+        let before = self.nodes().removed();
+        let stat = examine_name(parent, name)?;
+        let key = key(&stat);
+        let node = {
+            let mut nodes = self.nodes();
+            // Nothing keeps the file that was looked at from being another one's number by now, but that.
+            if nodes.removed() != before {
+                return Ok(None);
+            }
+            match nodes.find(&key) {
+                Some(node) if node.settled && node.is_reached_by(stat.stx_mnt_id) => nodes.refer(&key),
+                _ => None,
+            }
+        };
+        Ok(node.map(|node| self.entry(parent, &node, &stat)))
+    }
+
+    fn open_name(&self, parent: &Node, name: &CStr, claim: Option<Claim>) -> Result<Entry, Errno> {
+        let (path, stat) = self.find(parent, name)?;
+        let known = if has_links(&stat) { self.nodes().find(&key(&stat)) } else { None };
+        // That node may have left this identity behind.
+        if let Some(known) = known.filter(|known| !known.settled) {
+            self.note_identity(&known, false)?;
+            let found = self.nodes().find(&key(&stat));
+            // And overlayfs changes a file of the image only by a name that still exists.
+            if found.is_some_and(|found| found.id == known.id)
+                && self.is_unlinked(&known)?
+                && (!is_read_only(&path) || is_read_only(&*known))
+            {
+                let path = path.try_clone().map_err(|_| Errno::NFILE)?;
+                self.reach(&known, path, stat.stx_mnt_id, true)?;
+            }
+        }
+        self.enter(parent, path, &stat, claim, false)
+    }
+
+    /// Gives the guest a reference to a file that was just created in `parent`, with a part of the budget.
+    ///
+    /// # Errors
+    /// The system calls'.
+    pub fn enter_created(&self, parent: &Node, file: &OwnedFd, claim: Claim) -> Result<Entry, Errno> {
         // The file itself and not its name, which the host's processes may have given to another.
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let path = openat(&self.proc_fds, DecInt::from_fd(file), flags, Mode::empty()).map_err(out_of_descriptors)?;
         let stat = examine(&path)?;
-        self.entry(parent, path, &stat)
+        self.enter(parent, path, &stat, Some(claim), true)
     }
 
-    fn entry(&mut self, parent: u64, path: OwnedFd, stat: &Statx) -> Result<Entry, Errno> {
-        let entry_timeout = self.timeout(parent)?;
-        let inode = self.nodes.enter((path, stat.stx_mnt_id), key(stat), kind(stat))?;
-        let (attr_timeout, attr) = (self.timeout(inode)?, self.attributes(stat));
-        Ok(Entry { inode, generation: 0, attr, attr_flags: 0, attr_timeout, entry_timeout })
+    fn enter(
+        &self,
+        parent: &Node,
+        path: OwnedFd,
+        stat: &Statx,
+        claim: Option<Claim>,
+        created: bool,
+    ) -> Result<Entry, Errno> {
+        let (key, mount) = (key(stat), stat.stx_mnt_id);
+        let known = self.nodes().refer(&key);
+        let node = match known {
+            Some(node) if node.is_reached_by(mount) => node,
+            Some(node) => {
+                let main = is_read_only(&*node) && !is_read_only(&path);
+                if let Err(errno) = self.reach(&node, path, mount, main) {
+                    self.forget(node.id, 1);
+                    return Err(errno);
+                }
+                node
+            }
+            None => {
+                let claim = claim.map_or_else(|| self.claim(), Ok)?;
+                let overlay = if mount == parent.mount { parent.overlay } else { is_overlay(&path) };
+                let path = Path::new(path, Some(claim));
+                let mut fresh = Node::new(path, mount, key, kind(stat));
+                (fresh.overlay, fresh.settled) = (overlay, !overlay || created);
+                let mut nodes = self.nodes();
+                // Another thread may have entered it meanwhile; the descriptor is closed without the lock.
+                match nodes.refer(&key) {
+                    Some(node) => {
+                        drop(nodes);
+                        drop(fresh);
+                        node
+                    }
+                    None => nodes.enter(fresh),
+                }
+            }
+        };
+        Ok(self.entry(parent, &node, stat))
+    }
+
+    fn reach(&self, node: &Node, path: OwnedFd, mount: u64, main: bool) -> Result<(), Errno> {
+        let path = Path::new(path, Some(self.claim()?));
+        let replaced = self.nodes().reach(node.id, path, mount, main);
+        drop(replaced);
+        Ok(())
+    }
+
+    fn entry(&self, parent: &Node, node: &Node, stat: &Statx) -> Entry {
+        Entry {
+            inode: node.id,
+            generation: 0,
+            attr: self.attributes(stat),
+            attr_flags: 0,
+            attr_timeout: self.timeout(node),
+            entry_timeout: self.timeout(parent),
+        }
     }
 
     /// What `name` in `parent` is, for a look.
-    fn find(&self, parent: u64, name: &CStr) -> Result<(OwnedFd, Statx), Errno> {
+    fn find(&self, parent: &Node, name: &CStr) -> Result<(OwnedFd, Statx), Errno> {
         component(name)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        let directory = self.nodes.get(parent)?;
-        let path = openat2(&directory.path, name, flags, Mode::empty(), resolve).map_err(out_of_descriptors)?;
+        let path = openat2(parent, name, flags, Mode::empty(), resolve).map_err(out_of_descriptors)?;
         let stat = examine(&path)?;
         Ok((path, stat))
+    }
+
+    /// Carries out what may give the file of an overlay another identity (it is copied up to the upper layer).
+    ///
+    /// Nobody may look a file up between the change and the note of it: the file would become a second node. So changes of
+    /// such files wait for lookups on overlays and the other way round, each file's first change only.
+    ///
+    /// # Errors
+    /// `change`'s.
+    pub fn change<T>(&self, node: &Node, change: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+        if node.settled {
+            return change();
+        }
+        let _exclusive = self.exclusive();
+        let result = change()?;
+        // What it is then is its identity for good.
+        let _ = self.note_identity(node, true);
+        Ok(result)
+    }
+
+    /// Keeps everybody else from looking up files of overlays.
+    pub fn exclusive(&self) -> RwLockWriteGuard<'_, ()> {
+        self.identities.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn identities(&self) -> RwLockReadGuard<'_, ()> {
+        self.identities.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Looks at a node, and notes if its identity has changed.
     ///
     /// # Errors
-    /// ESTALE if there is no such node, the system call's.
-    pub fn identify(&mut self, node: u64) -> Result<Statx, Errno> {
-        let stat = examine(&self.nodes.get(node)?.path)?;
-        self.nodes.rekey(node, key(&stat));
+    /// The system call's.
+    pub fn identify(&self, node: &Node) -> Result<Statx, Errno> {
+        if node.settled {
+            return examine(node);
+        }
+        let _identities = self.identities();
+        self.note_identity(node, false)
+    }
+
+    /// The same while the identities cannot change.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn note_identity(&self, node: &Node, settled: bool) -> Result<Statx, Errno> {
+        let stat = examine(node)?;
+        self.nodes().rekey(node.id, key(&stat), settled);
         Ok(stat)
     }
 
     /// Whether the name by which a node was found is gone. A name that ends like the kernel's mark passes for gone.
-    fn is_unlinked(&self, node: u64) -> Result<bool, Errno> {
-        let path = readlinkat(&self.proc_fds, self.proc_name(node)?, Vec::new())?;
+    fn is_unlinked(&self, node: &Node) -> Result<bool, Errno> {
+        let path = readlinkat(&self.proc_fds, DecInt::from_fd(node), Vec::new())?;
         Ok(path.as_bytes().ends_with(b" (deleted)"))
     }
 
     /// The node of `name` in `parent` if it may get another identity when it is renamed.
-    pub fn linked_node(&self, parent: u64, name: &CStr) -> Option<u64> {
-        let (_, stat) = self.find(parent, name).ok()?;
-        if has_links(&stat) { self.nodes.find(&key(&stat)) } else { None }
+    pub fn unsettled(&self, parent: &Node, name: &CStr) -> Option<Arc<Node>> {
+        let (_path, stat) = self.find(parent, name).ok()?;
+        self.nodes().find(&key(&stat)).filter(|node| !node.settled)
     }
 
     /// How long the guest may believe the attributes of `node` and, if it is a directory, what names are in it.
-    ///
-    /// # Errors
-    /// ESTALE if there is no such node.
-    pub fn timeout(&self, node: u64) -> Result<Duration, Errno> {
-        let shims = self.nodes.on_root_mount(self.nodes.get(node)?);
-        Ok(if shims || self.sharing == Sharing::WithHost { Duration::ZERO } else { CACHED })
+    pub fn timeout(&self, node: &Node) -> Duration {
+        let shims = node.mount == self.root_mount;
+        if shims || self.sharing == Sharing::WithHost { Duration::ZERO } else { CACHED }
     }
 
     /// Takes references back.
-    pub fn forget(&mut self, node: u64, count: u64) {
-        if self.nodes.forget(node, count) {
-            self.files.forget(node);
-            self.locks.forget(node);
+    pub fn forget(&self, node: u64, count: u64) {
+        let gone = self.nodes().forget(node, count);
+        if gone.is_some() {
+            self.files.close((self.connection, node));
+            self.locks().forget(node);
         }
-    }
-
-    /// A regular file, open.
-    ///
-    /// # Errors
-    /// ESTALE, those of [`OpenFiles::get`].
-    pub fn file(&mut self, node: u64, access: Access) -> Result<&mut File, Errno> {
-        if access == Access::Write && !self.files.is_open(node, access) {
-            // Opening it may give it another identity.
-            self.files.get(node, self.nodes.get(node)?, access, &self.proc_fds)?;
-            self.identify(node)?;
-        }
-        self.files.get(node, self.nodes.get(node)?, access, &self.proc_fds)
-    }
-
-    /// A directory or file of each file system that the guest knows files of, open: what syncfs(2) needs.
-    pub fn file_systems(&self) -> Vec<File> {
-        let mut mounts = HashSet::new();
-        let nodes = self.nodes.all().filter(|node| !self.nodes.on_root_mount(node) && mounts.insert(node.mount));
-        let open = |node| {
-            let directory = reopen(node, OFlags::RDONLY | OFlags::DIRECTORY, &self.proc_fds);
-            directory.or_else(|_| reopen(node, OFlags::RDONLY, &self.proc_fds)).ok()
-        };
-        nodes.filter_map(open).collect()
-    }
-
-    /// The same for a call that may take long, with which the tree must not wait: another descriptor of the file.
-    ///
-    /// # Errors
-    /// Those of [`Self::file`].
-    pub fn file_apart(&mut self, node: u64, access: Access) -> Result<File, Errno> {
-        self.file(node, access)?.try_clone().map_err(|_| Errno::NFILE)
-    }
-
-    /// A file, opened for a lock: for writing if that is asked for and can be, because a lock against readers needs it.
-    ///
-    /// # Errors
-    /// ESTALE, EISDIR and EINVAL for what is not a regular file, the system call's.
-    pub fn open_for_lock(&self, node: u64, write: bool) -> Result<File, Errno> {
-        let node = self.nodes.get(node)?;
-        if write && let Ok(file) = reopen(node, OFlags::RDWR, &self.proc_fds) {
-            return Ok(file);
-        }
-        reopen(node, OFlags::RDONLY, &self.proc_fds)
-    }
-
-    /// Opens a directory and returns its handle.
-    ///
-    /// # Errors
-    /// ENFILE if too many are open, ENOTDIR, ESTALE, the system call's.
-    pub fn open_directory(&mut self, node: u64) -> Result<u64, Errno> {
-        if self.directories.len() >= MAX_DIRECTORIES {
-            return Err(Errno::NFILE);
-        }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let directory = reopen(self.nodes.get(node)?, flags, &self.proc_fds)?;
-        let handle = self.next_handle;
-        self.next_handle += 1;
-        self.directories.insert(handle, (node, Directory::new(directory)));
-        Ok(handle)
-    }
-
-    /// Closes a directory.
-    ///
-    /// # Errors
-    /// EBADF if the handle is not one of this node.
-    pub fn close_directory(&mut self, node: u64, handle: u64) -> Result<(), Errno> {
-        self.directory(node, handle)?;
-        self.directories.remove(&handle);
-        Ok(())
-    }
-
-    /// An open directory.
-    ///
-    /// # Errors
-    /// EBADF if the handle is not one of this node.
-    pub fn directory(&self, node: u64, handle: u64) -> Result<&File, Errno> {
-        match self.directories.get(&handle) {
-            Some((of, directory)) if *of == node => Ok(directory.file()),
-            _ => Err(Errno::BADF),
-        }
-    }
-
-    /// Lends an open directory beside the tree.
-    ///
-    /// # Errors
-    /// EBADF if the handle is not one of this node; those of `use_it`.
-    pub fn with_directory<T>(
-        &mut self,
-        node: u64,
-        handle: u64,
-        use_it: impl FnOnce(&mut Self, &mut Directory) -> Result<T, Errno>,
-    ) -> Result<T, Errno> {
-        self.directory(node, handle)?;
-        let mut directory = self.directories.remove(&handle).ok_or(Errno::BADF)?;
-        let result = use_it(self, &mut directory.1);
-        self.directories.insert(handle, directory);
-        result
     }
 }
 

@@ -1,6 +1,9 @@
 //! Requests that fuse-backend-rs does not decode, and their answers (include/uapi/linux/fuse.h).
 
-use std::{ffi::CStr, time::Duration};
+use std::{
+    ffi::{CStr, CString},
+    time::Duration,
+};
 
 use fuse_backend_rs::{abi::fuse_abi::stat64, api::filesystem::Entry};
 use rustix::fs::{Statx, StatxTimestamp};
@@ -9,7 +12,7 @@ use rustix::fs::{Statx, StatxTimestamp};
 pub const MAX_ANSWER: usize = 288;
 
 /// A request that is decoded here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// COPY_FILE_RANGE: inside the server from the request's node to another.
     CopyFileRange {
@@ -37,23 +40,47 @@ pub enum Request {
     Ioctl {
         /// The command.
         command: u32,
-        /// The number that comes with it, if there is one.
-        value: Option<u32>,
+        /// What comes with it.
+        data: Vec<u8>,
+    },
+    /// SETXATTR in its longer form, which says whether the setgid bit goes.
+    Setxattr {
+        /// The attribute.
+        name: CString,
+        /// Its value.
+        value: Vec<u8>,
+        /// XATTR_CREATE, XATTR_REPLACE.
+        flags: u32,
+        /// Whether the setgid bit goes (FUSE_SETXATTR_ACL_KILL_SGID).
+        without_setgid: bool,
     },
 }
 
 impl Request {
-    /// The request of this opcode and body; None if it is another one, Some(None) if it is malformed.
-    pub fn parse(opcode: u32, body: &[u8]) -> Option<Option<Self>> {
+    /// The request of this opcode and body; None if it is another one, Some(None) if it is malformed. `extended` says whether
+    /// SETXATTR has its longer form.
+    pub fn parse(opcode: u32, body: &[u8], extended: bool) -> Option<Option<Self>> {
         let wide = |at: usize| Some(u64::from_le_bytes(body.get(at..at + 8)?.try_into().ok()?));
         let word = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));
         Some(match opcode {
+            // struct fuse_setxattr_in: size, flags, setxattr_flags, padding; then the name and the value
+            21 if extended => (|| {
+                let (size, flags, more) = (word(0)?, word(4)?, word(8)?);
+                let rest = body.get(16..)?;
+                let name = CStr::from_bytes_until_nul(rest).ok()?;
+                let value = rest.get(name.count_bytes() + 1..)?;
+                (value.len() == size as usize).then(|| Self::Setxattr {
+                    name: name.to_owned(),
+                    value: value.to_owned(),
+                    flags,
+                    without_setgid: more & 1 != 0,
+                })
+            })(),
             // struct fuse_ioctl_in: fh, flags, cmd, arg, in_size, out_size
             39 => (|| {
-                let (command, size) = (word(12)?, word(24)?);
-                wide(0)?;
-                let value = if size == 0 { None } else { Some(word(32)?) };
-                Some(Self::Ioctl { command, value })
+                let (command, size) = (word(12)?, word(24)? as usize);
+                let data = body.get(32..)?.get(..size)?.to_owned();
+                Some(Self::Ioctl { command, data })
             })(),
             // struct fuse_copy_file_range_in: fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
             47 => (|| {
@@ -95,13 +122,11 @@ impl Answer {
         Self::default().word(u32::try_from(bytes).unwrap_or(u32::MAX)).word(0)
     }
 
-    /// struct fuse_ioctl_out, and the number behind it.
-    pub fn ioctl(value: Option<u32>) -> Self {
-        let head = Self::default().wide(0).wide(0);
-        match value {
-            Some(value) => head.word(value),
-            None => head,
-        }
+    /// struct fuse_ioctl_out, and what the command returns.
+    pub fn ioctl(data: &[u8]) -> Self {
+        let mut answer = Self::default().wide(0).wide(0);
+        answer.0.extend_from_slice(data);
+        answer
     }
 
     /// struct fuse_entry_out and fuse_open_out of a file that was created open.
@@ -178,8 +203,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_body_is_parsed_or_refused(opcode in 30u32..60, body in prop::collection::vec(any::<u8>(), 0..80)) {
-            let _ = Request::parse(opcode, &body);
+        fn any_body_is_parsed_or_refused(opcode in 20u32..60, body in prop::collection::vec(any::<u8>(), 0..80)) {
+            let _ = (Request::parse(opcode, &body, true), Request::parse(opcode, &body, false));
         }
     }
 
@@ -187,16 +212,17 @@ mod tests {
     fn answers_have_the_kernels_lengths() {
         assert_eq!(Answer::copied(1).bytes().len(), 8);
         assert_eq!(Answer::created(&Entry::default()).bytes().len(), 128 + 16);
-        assert_eq!(Answer::ioctl(Some(1)).bytes().len(), 16 + 4);
+        assert_eq!(Answer::ioctl(&[1; 4]).bytes().len(), 16 + 4);
         let stat = crate::attributes::examine(std::fs::File::open("/").unwrap()).unwrap();
         assert_eq!(Answer::statx(&stat, 1, Duration::ZERO).bytes().len(), MAX_ANSWER);
     }
 
     #[test]
     fn a_short_body_is_malformed() {
-        for opcode in [39, 47, 51, 52] {
-            assert_eq!(Request::parse(opcode, &[0; 7]), Some(None), "{opcode}");
+        for opcode in [21, 39, 47, 51, 52] {
+            assert_eq!(Request::parse(opcode, &[0; 7], true), Some(None), "{opcode}");
         }
-        assert_eq!(Request::parse(3, &[0; 16]), None);
+        assert_eq!(Request::parse(3, &[0; 16], true), None);
+        assert_eq!(Request::parse(21, &[0; 16], false), None, "the crate knows the short form");
     }
 }

@@ -3,15 +3,25 @@
 mod support;
 
 use std::{
+    collections::BTreeSet,
+    ffi::CString,
     fs::{self, File},
     os::{
         fd::AsRawFd,
         unix::fs::{FileExt, MetadataExt},
     },
+    sync::Arc,
 };
 
+use caisson_fsd::{
+    budget::Budget,
+    files::OpenFiles,
+    handshake::Sharing,
+    tree::{Tree, open_proc_fds},
+};
 use rustix::{
-    fs::{FlockOperation, flock},
+    fs::{AtFlags, CWD, FlockOperation, IFlags, StatxFlags, flock, ioctl_getflags, ioctl_setflags, statx},
+    io::Errno,
     mount::{MountFlags, mount, mount_bind, mount_remount},
 };
 use support::{Client, ROOT, Stage, op, u32_at, u64_at, words};
@@ -197,11 +207,12 @@ fn times_of_birth_and_flags_are_the_hosts() {
     let mut client = Client::new(&stage);
     let node = client.walk("volume/file").unwrap().node;
     let told = client.ask(op::STATX, node, &[0; 24]).unwrap();
-    let born = fs::metadata(disk.path().join("file")).unwrap().created().unwrap();
-    let born = born.duration_since(std::time::UNIX_EPOCH).unwrap();
+    // The standard library has no times of birth with musl.
+    let file = disk.path().join("file");
+    let born = statx(CWD, file, AtFlags::empty(), StatxFlags::BTIME).unwrap().stx_btime;
     // struct fuse_statx_out: 32 bytes, then struct fuse_statx, in which size is at 40 and btime at 80.
     assert_eq!(u64_at(&told, 32 + 40), 5);
-    assert_eq!((u64_at(&told, 32 + 80), u32_at(&told, 32 + 88)), (born.as_secs(), born.subsec_nanos()));
+    assert_eq!((u64_at(&told, 32 + 80), u32_at(&told, 32 + 88)), (born.tv_sec as u64, born.tv_nsec));
     // struct fuse_ioctl_in of lsattr(1); nodump (0x40) is a flag that needs no capability.
     let get = [vec![0; 12], words(&[0x8008_6601]), vec![0; 8], words(&[0, 8])].concat();
     let flags = u32_at(&client.ask(op::IOCTL, node, &get).unwrap(), 16);
@@ -257,4 +268,135 @@ fn files_of_two_volumes_have_different_numbers() {
         let listed = shared.readdir(plus, directory.node).unwrap();
         assert_eq!(listed.iter().find(|entry| entry.name == "file").unwrap().ino, two.attr.ino);
     }
+}
+
+/// struct fuse_ioctl_in with this command and data.
+fn ioctl(command: u32, data: &[u8], size: u32) -> Vec<u8> {
+    [vec![0; 12], words(&[command]), vec![0; 8], words(&[data.len() as u32, size]), data.to_vec()].concat()
+}
+
+#[test]
+fn extended_flags_are_the_hosts_and_a_files_project_stays() {
+    let stage = Stage::new();
+    let disk = stage.disk("volume");
+    fs::write(disk.path().join("file"), "12345").unwrap();
+    let mut client = Client::new(&stage);
+    let node = client.walk("volume/file").unwrap().node;
+    let (get, set, get_flags) = (0x801c_581f, 0x401c_5820, 0x8008_6601);
+    // Behind struct fuse_ioctl_out: struct fsxattr, whose first word are the flags and whose fourth is the project.
+    let mut attributes = client.ask(op::IOCTL, node, &ioctl(get, &[], 28)).unwrap().split_off(16);
+    assert_eq!(attributes.len(), 28);
+    attributes[0] |= 0x80;
+    client.ask(op::IOCTL, node, &ioctl(set, &attributes, 0)).unwrap();
+    let flags = client.ask(op::IOCTL, node, &ioctl(get_flags, &[], 8)).unwrap();
+    assert_eq!(u32_at(&flags, 16) & 0x40, 0x40, "nodump by its other name");
+    attributes[12] ^= 1;
+    assert_eq!(client.ask(op::IOCTL, node, &ioctl(set, &attributes, 0)), Err(libc::EPERM));
+    assert_eq!(client.ask(op::IOCTL, node, &ioctl(set, &attributes[..27], 0)), Err(libc::EINVAL));
+    assert_eq!(client.ask(op::IOCTL, node, &ioctl(0x5401, &[], 0)), Err(libc::ENOTTY));
+}
+
+/// Sets flags of a file (chattr) as the host's root.
+fn chattr(path: &std::path::Path, change: impl FnOnce(IFlags) -> IFlags) {
+    let file = File::open(path).unwrap();
+    ioctl_setflags(&file, change(ioctl_getflags(&file).unwrap())).unwrap();
+}
+
+#[test]
+fn a_file_that_can_only_be_appended_to_is_opened_for_nothing_else() {
+    let stage = Stage::new();
+    let disk = stage.disk("volume");
+    let path = disk.path().join("log");
+    fs::write(&path, "begin ").unwrap();
+    chattr(&path, |flags| flags | IFlags::APPEND);
+    let mut client = Client::new(&stage);
+    let node = client.walk("volume/log").unwrap().node;
+    let open = |flags: i32| [(flags as u32).to_le_bytes(), [0; 4]].concat();
+    let append = libc::O_WRONLY | libc::O_APPEND;
+    let results = (
+        client.ask(op::OPEN, node, &open(libc::O_RDWR)),
+        client.ask(op::OPEN, node, &open(append)).map(|opened| u32_at(&opened, 8)),
+        client.write_with(node, 3, b"more", 0, append as u32),
+        client.write_with(node, 0, b"over", 0, libc::O_WRONLY as u32),
+        client.write_with(node, 0, b"over", WRITE_CACHE, append as u32),
+        client.setattr(node, 1 << 3, (0, 0, 0, 0, 0)).map(drop),
+    );
+    chattr(&path, |flags| flags - IFlags::APPEND);
+    let direct_io = 1;
+    let refused = libc::EPERM;
+    assert_eq!(results, (Err(refused), Ok(direct_io), Ok(4), Err(refused), Err(refused), Err(refused)));
+    assert_eq!(fs::read(&path).unwrap(), b"begin more");
+}
+
+#[test]
+fn what_the_guest_has_written_the_host_can_execute_when_it_is_closed() {
+    let stage = Stage::new();
+    let volume = stage.tmpfs("volume");
+    let (_alone, mut shared) = Client::pair(&stage);
+    shared.init(u32::MAX);
+    let directory = shared.walk("volume").unwrap().node;
+    let program = fs::read("/bin/true").unwrap();
+    let release = [vec![0; 8], words(&[libc::O_WRONLY as u32, 0]), vec![0; 8]].concat();
+    let node = shared.create_with(directory, "true", libc::O_WRONLY | libc::O_CREAT, 0o755, 0).unwrap().node;
+    shared.write(node, 0, &program).unwrap();
+    let run = || std::process::Command::new(volume.join("true")).status().map_err(|error| error.raw_os_error());
+    assert_eq!(run().map(drop), Err(Some(libc::ETXTBSY)));
+    shared.ask(op::RELEASE, node, &release).unwrap();
+    assert!(run().unwrap().success());
+    // Twice open for writing.
+    for _ in 0..2 {
+        let opened = shared.ask(op::OPEN, node, &[(libc::O_WRONLY as u32).to_le_bytes(), [0; 4]].concat()).unwrap();
+        assert_eq!(u32_at(&opened, 8), 2, "the cache is kept");
+    }
+    shared.ask(op::RELEASE, node, &release).unwrap();
+    assert_eq!(run().map(drop), Err(Some(libc::ETXTBSY)));
+    shared.ask(op::RELEASE, node, &release).unwrap();
+    assert!(run().unwrap().success());
+}
+
+#[test]
+fn an_acl_takes_setgid_away_where_linux_does() {
+    let stage = Stage::new();
+    let mut client = Client::new(&stage);
+    let file = client.create(ROOT, "file", 0o644).unwrap().node;
+    let acl = [
+        2u32.to_le_bytes().to_vec(),
+        [1u16, 6, 0xffff, 0xffff, 4, 5, 0xffff, 0xffff, 0x20, 4, 0xffff, 0xffff].map(u16::to_le_bytes).concat(),
+    ]
+    .concat();
+    for (without_setgid, mode) in [(0, 0o2654), (1, 0o654)] {
+        client.setattr(file, 1, (0, 0, 0o2755, 0, 0)).unwrap();
+        client.setxattr_with(file, "system.posix_acl_access", &acl, without_setgid).unwrap();
+        assert_eq!(client.getattr(file).unwrap().mode & 0o7777, mode);
+    }
+}
+
+#[test]
+fn each_file_system_is_synced() {
+    let stage = Stage::new();
+    for name in ["one", "two"] {
+        let volume = stage.tmpfs(name);
+        for n in 0..50 {
+            std::os::unix::fs::symlink("target", volume.join(format!("link{n}"))).unwrap();
+        }
+        std::os::unix::net::UnixListener::bind(volume.join("socket")).unwrap();
+    }
+    let root = File::open(stage.shared()).unwrap().into();
+    let files = Arc::new(OpenFiles::new(Budget::new(1000)));
+    let tree = Tree::new(root, open_proc_fds().unwrap(), files, 0, Sharing::WithHost).unwrap();
+    let volumes = [c"one", c"two"].map(|name| tree.lookup(ROOT, name).unwrap().inode);
+    for volume in volumes {
+        for n in 0..50 {
+            tree.lookup(volume, &CString::new(format!("link{n}")).unwrap()).unwrap();
+        }
+        tree.lookup(volume, c"socket").unwrap();
+    }
+    let mut devices = BTreeSet::new();
+    let synced = tree.each_file_system(|file| {
+        devices.insert(file.metadata().unwrap().dev());
+        Err(Errno::NOSPC)
+    });
+    assert_eq!(synced, Err(Errno::NOSPC), "an error of one is reported, and the others are synced");
+    let expected = ["one", "two"].map(|name| fs::metadata(stage.shared().join(name)).unwrap().dev());
+    assert_eq!(devices, BTreeSet::from(expected));
 }

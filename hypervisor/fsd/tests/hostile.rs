@@ -5,6 +5,7 @@ mod support;
 use std::{fs, os::unix::fs::symlink, path::Path};
 
 use proptest::{prelude::*, test_runner::TestRunner};
+use rustix::mount::mount_bind;
 use support::{Client, ROOT, Stage, cstr, op, words};
 
 const PATHS: [&str; 9] = ["..", ".", "", "/", "/etc", "../etc", "a/b", "dir/..", "dir/"];
@@ -211,17 +212,27 @@ fn a_guest_that_remembers_too_many_files_gets_enfile_and_keeps_those_it_has() {
     for (i, entry) in known.iter().enumerate() {
         assert_eq!(client.read(entry.node, 0, 10).unwrap(), format!("{i}").as_bytes());
     }
+    assert_eq!(client.opendir(ROOT), Err(libc::ENFILE));
+    for entry in &known[50..80] {
+        client.forget(entry.node, 1);
+    }
+    let mut handles = vec![client.opendir(ROOT).unwrap()];
     let listed = client.readdir(true, ROOT).unwrap();
     assert_eq!(listed.len(), 1002, "a listing is whole, if without nodes");
-    let mut handles = Vec::new();
+    for entry in listed.iter().filter_map(|entry| entry.entry).filter(|entry| entry.node != 0) {
+        client.forget(entry.node, 1);
+    }
     let refused = loop {
         match client.opendir(ROOT) {
             Ok(handle) => handles.push(handle),
             Err(errno) => break errno,
         }
-        assert!(handles.len() < 1500, "no limit");
+        assert!(handles.len() < 20, "directories count as well");
     };
     assert_eq!(refused, libc::ENFILE);
+    while client.mknod(ROOT, &format!("filler{}", handles.len()), libc::S_IFREG | 0o600, 0).is_ok() {
+        handles.push(0);
+    }
     assert_eq!(client.read(known[0].node, 0, 10).unwrap(), b"0");
     assert_eq!(client.create(ROOT, "new", 0o644), Err(libc::ENFILE));
     assert_eq!(client.mkdir(ROOT, "new", 0o755), Err(libc::ENFILE));
@@ -231,6 +242,49 @@ fn a_guest_that_remembers_too_many_files_gets_enfile_and_keeps_those_it_has() {
     assert!(client.lookup(ROOT, "999").is_ok());
     client.ask(op::RELEASEDIR, ROOT, &[&handles[0].to_le_bytes()[..], &[0; 16]].concat()).unwrap();
     assert!(client.opendir(ROOT).is_ok());
+    // The process cannot have many more descriptors than that.
+    let limits = fs::read_to_string(format!("/proc/{}/limits", client.child.id())).unwrap();
+    let open = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let hard: usize = open.split_whitespace().nth(4).unwrap().parse().unwrap();
+    assert!((400..800).contains(&hard), "{open}");
+}
+
+#[test]
+fn each_mount_by_which_a_file_is_known_counts() {
+    let stage = Stage::new();
+    let volume = stage.tmpfs("volume");
+    fs::write(volume.join("file"), "content").unwrap();
+    for i in 0..15 {
+        let target = stage.shared().join(format!("{i}"));
+        fs::create_dir(&target).unwrap();
+        mount_bind(&volume, &target).unwrap();
+    }
+    // A directory for each mount, the file once, and its descriptors on all but the first.
+    let mut client = Client::with(&stage, &["--max-files", "20"]);
+    client.init(u32::MAX);
+    let refused = (0..15).find(|i| client.walk(&format!("{i}/file")) == Err(libc::ENFILE));
+    assert_eq!(refused, Some(10));
+    client.walk("3/file").unwrap();
+}
+
+#[test]
+fn a_guest_cannot_have_more_ranges_locked_than_its_share() {
+    let stage = Stage::new();
+    stage.tmpfs("volume");
+    fs::write(stage.shared().join("volume/file"), "").unwrap();
+    let (_alone, mut shared) = Client::pair(&stage);
+    shared.init(u32::MAX);
+    let node = shared.walk("volume/file").unwrap().node;
+    let mut lock = |first: u64, last: u64, kind: i32| {
+        let wide = [0, 1, first, last].map(u64::to_le_bytes).concat();
+        shared.ask(op::SETLK, node, &[wide, words(&[kind as u32, 0, 0, 0])].concat()).map(drop)
+    };
+    lock(0, 1 << 20, libc::F_WRLCK).unwrap();
+    let refused = (1..20_000).find(|n| lock(2 * n, 2 * n, libc::F_UNLCK) == Err(libc::ENOLCK));
+    assert_eq!(refused, Some(16384));
+    assert_eq!(lock(1 << 21, 1 << 21, libc::F_WRLCK), Err(libc::ENOLCK));
+    lock(0, i64::MAX as u64, libc::F_UNLCK).unwrap();
+    lock(1 << 21, 1 << 21, libc::F_WRLCK).unwrap();
 }
 
 #[test]

@@ -4,8 +4,10 @@ mod support;
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
-    os::fd::OwnedFd,
+    os::{
+        fd::OwnedFd,
+        unix::{fs::MetadataExt, process::ExitStatusExt},
+    },
     process::{Command, Stdio},
 };
 
@@ -40,6 +42,7 @@ fn the_server_has_only_the_capabilities_it_needs() {
             assert_eq!(field(&status, set), "0000000000000000", "{set}");
         }
         assert_eq!(field(&status, "NoNewPrivs:"), "1");
+        assert_eq!((field(&status, "Seccomp:"), field(&status, "Seccomp_filters:")), ("2", "1"), "a filter");
         assert_eq!(field(&status, "Uid:"), "0\t0\t0\t0", "root again after a user's request");
         threads += 1;
     }
@@ -95,35 +98,79 @@ fn it_ends_well_when_the_socket_closes() {
     assert_eq!(status.code(), Some(0), "{said}");
 }
 
-/// Not even when the socket stays open and requests of other users have changed the serving thread's identity.
+/// Not even when the socket stays open and requests of other users have changed the serving thread's identity. Linux takes the
+/// thread that started it for its parent.
 #[test]
 fn it_does_not_outlive_its_parent() {
     let stage = Stage::new();
-    let mut client = Client::new(&stage);
-    drop(client.child.kill());
-    end(client.child);
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::empty(), None).unwrap();
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let root = openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    // In this thread's mount namespace, as `root` is.
+    let parent = std::thread::spawn(move || {
+        let mut client = Client::adopt(ours, start(Some(&theirs), Some(&root), &ARGUMENTS));
+        client.init(u32::MAX);
+        client.as_user(1000, 1000);
+        client.create(ROOT, "file", 0o644).unwrap();
+        client
+    });
+    let client = parent.join().unwrap();
+    let (status, _) = end(client.child);
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+}
+
+#[test]
+fn it_has_namespaces_of_its_own() {
+    let stage = Stage::new();
+    let client = Client::new(&stage);
+    for kind in ["cgroup", "ipc", "mnt", "net", "pid", "uts"] {
+        let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{kind}")).unwrap();
+        assert_ne!(of(&client.child.id().to_string()), of("thread-self"), "{kind}");
+    }
+    let status = fs::read_to_string(format!("/proc/{}/status", client.child.id())).unwrap();
+    assert_eq!(field(&status, "NSpid:").split('\t').nth(1), Some("1"));
+    let limits = fs::read_to_string(format!("/proc/{}/limits", client.child.id())).unwrap();
+    let cores = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(cores.split_whitespace().nth(4), Some("0"), "{cores}");
+}
+
+#[test]
+fn no_directory_that_it_has_open_has_one_above_it() {
+    let stage = Stage::new();
+    let client = Client::new(&stage);
+    let process = format!("/proc/{}", client.child.id());
+    let descriptors = fs::read_dir(format!("{process}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let mut directories = 0;
+    for place in descriptors.chain([format!("{process}/cwd").into(), format!("{process}/root").into()]) {
+        if !fs::metadata(&place).is_ok_and(|of| of.is_dir()) {
+            continue;
+        }
+        directories += 1;
+        let identity = |path: std::path::PathBuf| {
+            let of = fs::metadata(path).unwrap();
+            (of.dev(), of.ino())
+        };
+        let above = identity(place.join("../../.."));
+        assert_eq!(above, identity(place.clone()), "{} is {:?}", place.display(), fs::read_link(&place));
+    }
+    assert!(directories > 3, "the shared directory, the table of descriptors, and both again");
+    let names = fs::read_dir(format!("{process}/cwd/..")).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names = names.peekable();
+    assert!(names.peek().is_some());
+    assert!(names.all(|name| name.to_str().is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_digit()))));
+}
+
+/// Started in any other way it would see all processes of the host.
+#[test]
+fn it_insists_on_a_pid_namespace() {
+    let stage = Stage::new();
+    let (_ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::empty(), None).unwrap();
     let root = openat(CWD, stage.shared(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
-    let script = format!(
-        "{} --socket-fd {} --root-fd {} & echo $!; wait",
-        env!("CARGO_BIN_EXE_caisson-fsd"),
-        std::os::fd::AsRawFd::as_raw_fd(&theirs),
-        std::os::fd::AsRawFd::as_raw_fd(&root),
-    );
-    let mut shell = Command::new("sh").arg("-c").arg(script).stdout(Stdio::piped()).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(shell.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let pid = rustix::process::Pid::from_raw(line.trim().parse().unwrap()).unwrap();
-    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
-    client = Client::adopt(ours, shell);
-    client.init(u32::MAX);
-    client.as_user(1000, 1000);
-    client.create(ROOT, "file", 0o644).unwrap();
-    client.child.kill().unwrap();
-    let waits = &mut [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
-    let limit = rustix::event::Timespec { tv_sec: 30, tv_nsec: 0 };
-    assert_eq!(rustix::event::poll(waits, Some(&limit)), Ok(1), "waited 30 s for it to die with its parent");
-    client.child.wait().unwrap();
+    let number = |fd: &OwnedFd| std::os::fd::AsRawFd::as_raw_fd(fd).to_string();
+    let arguments = ["--socket-fd", &number(&theirs), "--root-fd", &number(&root)];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_caisson-fsd"));
+    let output = command.args(arguments).stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("is not the first of a pid namespace"), "{said}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod support;
 
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::Path};
 
+use rustix::mount::{MountFlags, mount_bind, mount_remount};
 use support::{Client, ROOT, Stage, capability};
 
 fn fill(lower: &Path) {
@@ -220,4 +221,23 @@ fn a_hard_link_of_the_image_can_be_written_when_another_is_gone() {
     assert_eq!(fs::read(host.join("a2")).unwrap(), b"changed");
     assert!(!host.join("a").exists());
     assert_eq!(o.client.lookup(dir, "a2").unwrap().node, a2.node);
+}
+
+/// What is written must not be asked of the mount that is read-only because its name is the one that is left.
+#[test]
+fn a_hard_link_that_is_found_by_a_read_only_bind_can_still_be_written_by_the_other_mount() {
+    let stage = Stage::new();
+    let root = stage.overlay("root", ",index=off", fill);
+    let ro = stage.shared().join("ro");
+    fs::create_dir(&ro).unwrap();
+    mount_bind(root.join("dir"), &ro).unwrap();
+    mount_remount(&ro, MountFlags::BIND | MountFlags::RDONLY, c"").unwrap();
+    let mut client = Client::new(&stage);
+    let dir = client.walk("root/dir").unwrap().node;
+    let a = client.lookup(dir, "a").unwrap().node;
+    client.unlink(dir, "a").unwrap();
+    assert_eq!(client.walk("ro/a2").unwrap().node, a);
+    assert_eq!(client.lookup(dir, "a2").unwrap().node, a);
+    client.write(a, 0, b"changed").unwrap();
+    assert_eq!(fs::read(root.join("dir/a2")).unwrap(), b"changed");
 }

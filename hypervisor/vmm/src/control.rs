@@ -23,7 +23,7 @@ use crate::descriptors::Descriptors;
 pub enum Received {
     /// A command with its descriptors.
     Command(Command, Descriptors),
-    /// A packet that is not a command: descriptors and all are dropped.
+    /// A packet that is not a command, dropped with its descriptors. What comes after it cannot be trusted either.
     Malformed(MalformedPacket),
     /// The parent has gone.
     Closed,
@@ -103,7 +103,8 @@ impl Control {
                 descriptors.extend(rights);
             }
         }
-        if message.flags.contains(ReturnFlags::CTRUNC) {
+        // There is a little more room than was asked for, to align it.
+        if message.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
             return Ok(Received::Malformed(MalformedPacket::TooManyDescriptors));
         }
         if message.bytes > MAX_PACKET || message.flags.contains(ReturnFlags::TRUNC) {
@@ -119,7 +120,7 @@ impl Control {
         }
     }
 
-    /// Sends an answer or the exit notice. A parent that has gone does not matter: we shall hear of it.
+    /// Sends an answer or the exit notice. A parent that has gone does not matter: the next receive reports it.
     ///
     /// # Errors
     /// What the parent cannot be blamed for.

@@ -16,7 +16,7 @@ use crate::virtio::net::tap::{self, TapInfo};
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptorError {
     /// There are fewer.
-    #[error("{what}: descriptor {index} is meant, but only {count} came with the packet")]
+    #[error("{what}: descriptor index {index} out of range ({count} received)")]
     Missing {
         /// Its role.
         what: String,
@@ -26,7 +26,7 @@ pub enum DescriptorError {
         count: usize,
     },
     /// It has a role already.
-    #[error("{what}: descriptor {index} is already used for something else")]
+    #[error("{what}: descriptor {index} already in use")]
     Taken {
         /// Its role.
         what: String,
@@ -34,7 +34,7 @@ pub enum DescriptorError {
         index: u8,
     },
     /// There are more.
-    #[error("{0} descriptors of the packet are not mentioned in its message")]
+    #[error("{0} descriptors of the packet unused by its message")]
     Left(usize),
     /// Not what is needed.
     #[error("{what}: the descriptor is not {needed}")]
@@ -89,7 +89,8 @@ impl Descriptors {
         Ok((fd.into(), u64::try_from(stat.st_size).unwrap_or(0)))
     }
 
-    /// A regular file or block device, and its size in bytes.
+    /// A regular file or block device, and its size in bytes. With O_APPEND Linux writes at the file's end whatever
+    /// position is given, which destroys a disk; O_DIRECT wants buffers and positions aligned as no guest has to align them.
     ///
     /// # Errors
     /// See [`DescriptorError`].
@@ -105,6 +106,13 @@ impl Descriptors {
             return Err(wrong(what, "a regular file or block device"));
         }
         check_access(&fd, what, access)?;
+        let flags = fcntl_getfl(&fd).map_err(system(what))?;
+        if flags.contains(OFlags::APPEND) && access != Access::Read {
+            return Err(wrong(what, "open without O_APPEND"));
+        }
+        if flags.contains(OFlags::DIRECT) {
+            return Err(wrong(what, "open without O_DIRECT"));
+        }
         // Tells the size of both kinds; the position is of no use to us.
         let size = seek(&fd, SeekFrom::End(0)).map_err(system(what))?;
         Ok((fd, size))
@@ -225,9 +233,9 @@ mod tests {
         let mut descriptors = one(tempfile::tempfile().unwrap());
         assert!(descriptors.file(FIRST, "kernel", Access::Read).is_ok());
         let again = descriptors.file(FIRST, "initramfs", Access::Read).unwrap_err();
-        assert_eq!(again.to_string(), "initramfs: descriptor 0 is already used for something else");
+        assert_eq!(again.to_string(), "initramfs: descriptor 0 already in use");
         let beyond = descriptors.file(DescriptorIndex(1), "disk 0", Access::Read).unwrap_err();
-        assert_eq!(beyond.to_string(), "disk 0: descriptor 1 is meant, but only 1 came with the packet");
+        assert_eq!(beyond.to_string(), "disk 0: descriptor index 1 out of range (1 received)");
         assert!(descriptors.finish().is_ok());
         assert!(matches!(one(null()).finish(), Err(DescriptorError::Left(1))));
     }
@@ -258,5 +266,19 @@ mod tests {
         assert!(one(write_only).file(FIRST, "kernel", Access::Read).is_err());
         let path_only = rustix::fs::open(file.path(), OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
         assert!(one(path_only).file(FIRST, "kernel", Access::Read).is_err());
+    }
+
+    #[test]
+    fn a_disk_whose_flags_would_change_what_its_writes_mean_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let appending = || File::options().read(true).append(true).open(file.path()).unwrap();
+        let refused = one(appending()).disk(FIRST, "disk 0", Access::ReadWrite).unwrap_err();
+        assert_eq!(refused.to_string(), "disk 0: the descriptor is not open without O_APPEND");
+        assert!(one(appending()).disk(FIRST, "disk 0", Access::Read).is_ok(), "nothing is written");
+        // Where the file system of the temporary files has it.
+        let flags = OFlags::RDWR | OFlags::DIRECT;
+        if let Ok(direct) = rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()) {
+            assert!(one(direct).disk(FIRST, "disk 0", Access::Read).unwrap_err().to_string().contains("O_DIRECT"));
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! The end of a machine: whoever meets it first says why, on any thread; the main thread hears of it once.
+//! The end of a machine: the first reason that any thread declares is kept, and wakes the main thread once.
 
 use std::{
     io,

@@ -148,12 +148,12 @@ fn restrictions(check: impl Fn(u32) -> i32) -> Vec<(u32, u64)> {
     enable
 }
 
-/// Lets the guest read its devices' registers from their pages; writes still come out. `slot` is the first free memory
-/// slot. Does nothing where KVM knows no read-only memory: then reads come out, too.
+/// Maps the devices' register pages into the guest as read-only memory (KVM_MEM_READONLY): reads cause no exit, writes do. `slot` is the first free memory
+/// slot. Does nothing where KVM knows no read-only memory: then reads cause exits, too.
 ///
 /// # Errors
 /// The call's.
-pub fn show_registers(kvm: &Kvm, vm: &VmFd, slot: usize, pages: &RegisterPages) -> Result<(), KvmError> {
+pub fn map_registers(kvm: &Kvm, vm: &VmFd, slot: usize, pages: &RegisterPages) -> Result<(), KvmError> {
     if !kvm.check_extension(Cap::ReadonlyMem) {
         return Ok(());
     }

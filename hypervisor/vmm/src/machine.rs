@@ -23,7 +23,7 @@ use crate::{
     memory::{self, Backing, MemoryError},
     output::Output,
     ports::Ports,
-    vcpu::{self, Gate, Running, Surroundings, Vcpu},
+    vcpu::{self, Gate, Running, Vcpu, VcpuContext},
     virtio::{
         GuestMemory,
         mmio::{MmioDevice, RegisterPages},
@@ -60,8 +60,8 @@ pub enum MachineError {
     #[error("serial number {0:?} of a disk: use up to 20 bytes of printable ASCII")]
     Serial(String),
     /// Two disks or shares of one name.
-    #[error("two {what} have the name {name:?}: use different ones")]
-    Twice {
+    #[error("duplicate name {name:?} of {what}: use different ones")]
+    DuplicateName {
         /// Of what.
         what: &'static str,
         /// The name.
@@ -175,9 +175,9 @@ impl Machine {
 
         let ports = Ports::new(console).map_err(system("eventfd for the console"))?;
         let vm = kvm::create_machine(kvm, &memory, config.vcpus)?;
-        kvm::show_registers(kvm, &vm, memory.num_regions(), &pages)?;
+        kvm::map_registers(kvm, &vm, memory.num_regions(), &pages)?;
         for (index, (device, irq)) in devices.iter().zip(VIRTIO_IRQS).enumerate() {
-            device.connect(&vm, device_base(index), irq).map_err(system("joining a device to KVM"))?;
+            device.connect(&vm, device_base(index), irq).map_err(system("connecting a device to KVM"))?;
         }
         if let Some(interrupt) = ports.serial_interrupt().map_err(system("eventfd for the console"))? {
             vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(kvm::call("KVM_IRQFD"))?;
@@ -204,8 +204,8 @@ impl Machine {
     pub fn start(&mut self, end: &Arc<End>) -> Result<(), MachineError> {
         vcpu::install_kick().map_err(system("signal handler"))?;
         for vcpu in std::mem::take(&mut self.waiting) {
-            let surroundings = Surroundings { bus: self.bus.clone(), end: end.clone(), gate: self.gate.clone() };
-            self.running.push(vcpu.start(surroundings).map_err(system("thread for a vCPU"))?);
+            let context = VcpuContext { bus: self.bus.clone(), end: end.clone(), gate: self.gate.clone() };
+            self.running.push(vcpu.start(context).map_err(system("thread for a vCPU"))?);
         }
         Ok(())
     }

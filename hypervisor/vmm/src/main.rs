@@ -19,7 +19,7 @@ fn main() {
     // What a crash would write into a core file is the guest's memory.
     // SAFETY: takes one number and touches no memory.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
-    // Dependencies' own log records are not bridged: all of them tell of what the guest does, and it could write them without end.
+    // Dependencies' own log records are not bridged: all of them report what the guest does, and it could cause them without end.
     let log = match std::io::stderr().as_fd().try_clone_to_owned() {
         Ok(stderr) => caisson_log::logger("vmm", Output::new(stderr), slog::Level::Info),
         Err(_) => Logger::root(slog::Discard, slog::o!()),

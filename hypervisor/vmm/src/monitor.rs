@@ -8,7 +8,7 @@
 //! ```
 //!
 //! One loop serves the control socket and all devices. While the machine is paused it listens to the
-//! control socket alone, so devices stand still between two requests; what comes for them meanwhile waits in their descriptors.
+//! control socket alone, so no device does anything; what comes for them meanwhile waits in their descriptors.
 
 use std::{
     cell::Cell,
@@ -58,9 +58,9 @@ pub enum MonitorError {
     System(#[from] io::Error),
 }
 
-/// A command that cannot be obeyed; the parent reads it as a sentence.
+/// A command that cannot be executed; the parent gets it as a sentence.
 #[derive(Debug, thiserror::Error)]
-enum Refused {
+enum CommandError {
     #[error("the machine is {0}: {1}")]
     State(&'static str, &'static str),
     #[error("only Configure takes descriptors, {0}")]
@@ -88,7 +88,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// A monitor without a machine. If KVM is unusable, Configure will be told why.
+    /// A monitor without a machine. If KVM is unusable, the answer to Configure says why.
     ///
     /// # Errors
     /// No more descriptors.
@@ -103,11 +103,11 @@ impl Monitor {
         Ok(Self { control, kvm, log, end, events, control_ready, end_watch, machine: None, paused: false })
     }
 
-    /// Serves until the machine has ended, tells the parent, and gives the notice. The machine stays in memory, since
+    /// Serves until the machine has ended, sends the exit notice to the parent, and returns it. The machine stays in memory, since
     /// vCPUs may still run in it: the process is to exit, which ends them together with it.
     ///
     /// # Errors
-    /// See [`MonitorError`]; the parent was told if that was possible.
+    /// See [`MonitorError`]; the exit notice was sent if that was possible.
     pub fn run(&mut self) -> Result<ExitNotice, MonitorError> {
         let served = self.serve();
         if let Err(error) = &served {
@@ -194,12 +194,12 @@ impl Monitor {
                 return Ok(());
             }
             Received::Malformed(reason) => {
-                // Whoever sent it cannot be told: there is no id to answer.
-                slog::error!(self.log, "control packet refused"; "error" => %reason);
+                // There is no id to answer, so its sender would wait for ever: the exit notice says why.
+                self.end.declare(ExitReason::MonitorError, reason.to_string());
                 return Ok(());
             }
         };
-        let result = self.obey(request, descriptors);
+        let result = self.execute(request, descriptors);
         if let Err(error) = &result {
             slog::warn!(self.log, "command refused"; "error" => %error);
         }
@@ -207,12 +207,12 @@ impl Monitor {
         Ok(())
     }
 
-    fn obey(&mut self, request: Request, descriptors: Descriptors) -> Result<Reply, Refused> {
+    fn execute(&mut self, request: Request, descriptors: Descriptors) -> Result<Reply, CommandError> {
         if let Request::Configure(config) = request {
             if self.machine.is_some() {
-                return Err(Refused::State("configured already", "start another monitor for another machine"));
+                return Err(CommandError::State("configured already", "start another monitor for another machine"));
             }
-            let kvm = self.kvm.as_ref().map_err(|error| Refused::Kvm(error.clone()))?;
+            let kvm = self.kvm.as_ref().map_err(|error| CommandError::Kvm(error.clone()))?;
             let machine = Machine::build(kvm, &config, descriptors, &self.log)?;
             self.watch_devices(&machine)?;
             slog::info!(self.log, "machine configured"; "vcpus" => config.vcpus, "memory_mib" => config.memory.size >> 20,
@@ -226,10 +226,12 @@ impl Monitor {
             return Ok(Reply::Done);
         }
         let Some(machine) = &mut self.machine else {
-            return Err(Refused::State("not configured", "send Configure first"));
+            return Err(CommandError::State("not configured", "send Configure first"));
         };
         match request {
-            Request::Start if machine.is_started() => return Err(Refused::State("started already", "start it once")),
+            Request::Start if machine.is_started() => {
+                return Err(CommandError::State("started already", "start it once"));
+            }
             Request::Start => {
                 if let Err(error) = machine.start(&self.end) {
                     // Some of its vCPUs may run, and it is of no use.
@@ -239,14 +241,14 @@ impl Monitor {
             }
             Request::Stats => return Ok(Reply::Stats(machine.stats())),
             Request::Pause | Request::Resume if !machine.is_started() => {
-                return Err(Refused::State("not started", "send Start first"));
+                return Err(CommandError::State("not started", "send Start first"));
             }
-            Request::Pause if self.paused => return Err(Refused::State("paused already", "send Resume first")),
+            Request::Pause if self.paused => return Err(CommandError::State("paused already", "send Resume first")),
             Request::Pause => {
                 machine.pause();
                 self.paused = true;
             }
-            Request::Resume if !self.paused => return Err(Refused::State("not paused", "send Pause first")),
+            Request::Resume if !self.paused => return Err(CommandError::State("not paused", "send Pause first")),
             Request::Resume => {
                 machine.resume();
                 self.paused = false;
@@ -260,7 +262,7 @@ impl Monitor {
 
 impl Monitor {
     /// Puts all devices of a machine on the event loop, or none.
-    fn watch_devices(&mut self, machine: &Machine) -> Result<(), Refused> {
+    fn watch_devices(&mut self, machine: &Machine) -> Result<(), CommandError> {
         let mut watched = Vec::new();
         for device in &machine.bus().devices {
             match watch(&mut self.events, Subscriber::Device(DeviceEvents::new(device.clone()))) {
@@ -270,7 +272,7 @@ impl Monitor {
                         // Each was added.
                         let _ = self.events.remove_subscriber(id);
                     }
-                    return Err(Refused::Watch(device.name(), error));
+                    return Err(CommandError::Watch(device.name(), error));
                 }
             }
         }

@@ -11,28 +11,9 @@
 //! memory.max follows the machine and not a later, lower limit: the guest does not give memory back that its containers
 //! have freed, so a lower value would kill the machine of a container that keeps to its limit.
 
-use crate::{
-    host::config::Config,
-    resources::{Asked, Limit, size::MachineSize},
-};
+use caisson_oci::{CpuTime, Limit, Limits, Setting, resources::CpuTimeChange};
 
-/// One value for one file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Setting {
-    /// The file's name.
-    pub file: String,
-    /// What to write.
-    pub value: String,
-    /// The specification's field, for messages.
-    pub field: String,
-}
-
-impl Setting {
-    /// The controller that the file belongs to.
-    pub fn controller(&self) -> &str {
-        self.file.split('.').next().unwrap_or_default()
-    }
-}
+use crate::{host::config::Config, resources::size::MachineSize};
 
 /// What the pod's own processes need beside what its container asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,93 +32,131 @@ impl Overhead {
             cpu_millis: config.pod_overhead_cpu_millis.into(),
         }
     }
+
+    /// Microseconds in each period.
+    fn cpu_time(self, period: u64) -> u64 {
+        period.saturating_mul(self.cpu_millis) / 1000
+    }
+
+    /// The pod's processor time when its container has this.
+    pub fn added_to(self, time: CpuTime) -> CpuTime {
+        let quota = match time.quota {
+            Limit::To(quota) => Limit::To(quota.saturating_add(self.cpu_time(time.period))),
+            Limit::Unlimited => Limit::Unlimited,
+        };
+        CpuTime { quota, ..time }
+    }
+
+    /// The container's processor time when its pod has this.
+    pub fn taken_from(self, time: CpuTime) -> CpuTime {
+        let quota = match time.quota {
+            Limit::To(quota) => Limit::To(quota.saturating_sub(self.cpu_time(time.period))),
+            Limit::Unlimited => Limit::Unlimited,
+        };
+        CpuTime { quota, ..time }
+    }
 }
 
 /// Threads of caisson-vmm (beside its vCPUs) and caisson-fsd, and room for more.
 const THREADS: u64 = 32;
+/// More than this the kernel does not take for pids.max: PID_MAX_LIMIT of include/linux/threads.h.
+const MAX_PIDS: u64 = 4_194_304;
 
-/// The settings for what is asked, in the order in which they are written.
-pub fn settings(asked: &Asked, size: MachineSize, overhead: Overhead) -> Vec<Setting> {
-    let mut settings = Vec::new();
-    let mut set = |file: &str, value: String, field: &str| {
-        settings.push(Setting { file: file.into(), value, field: format!("linux.resources.{field}") });
-    };
-    match (asked.idle, asked.weight) {
-        // The kernel takes no weight for an idle cgroup.
-        (Some(true), _) => set("cpu.idle", "1".into(), "cpu.idle"),
-        (idle, weight) => {
-            if idle.is_some() {
-                set("cpu.idle", "0".into(), "cpu.idle");
-            }
-            if let Some(weight) = weight {
-                set("cpu.weight", weight.to_string(), "cpu.shares");
-            }
-        }
+/// The settings for what is asked, in the order in which they are written; `present` is the processor time that the
+/// container has now.
+pub fn settings(asked: &Limits, present: CpuTime, size: MachineSize, overhead: Overhead) -> Vec<Setting> {
+    let mut pod = asked.clone();
+    // These are the guest's.
+    pod.huge_pages.clear();
+    pod.rdma.clear();
+    pod.files.clear();
+    if let Some(time) = asked.time_over(present) {
+        let CpuTime { quota, period } = overhead.added_to(time);
+        pod.time = CpuTimeChange { quota: Some(quota), period: Some(period) };
     }
-    if let Some(time) = asked.time {
-        let quota = match time.quota {
-            Limit::Unlimited => "max".into(),
-            Limit::To(quota) => {
-                let more = time.period.saturating_mul(overhead.cpu_millis) / 1000;
-                quota.saturating_add(more).to_string()
-            }
-        };
-        set("cpu.max", format!("{quota} {}", time.period), "cpu.quota");
+    if let Some(Limit::To(_)) = asked.memory {
+        pod.memory = Some(Limit::To(size.memory.saturating_add(overhead.memory)));
     }
-    if let Some(burst) = asked.burst {
-        set("cpu.max.burst", burst.to_string(), "cpu.burst");
+    if let Some(Limit::To(limit)) = asked.pids {
+        let pids = limit.saturating_add(THREADS + u64::from(size.vcpus));
+        pod.pids = Some(if pids > MAX_PIDS { Limit::Unlimited } else { Limit::To(pids) });
     }
-    for (file, list, field) in [("cpuset.cpus", &asked.cpus, "cpu.cpus"), ("cpuset.mems", &asked.mems, "cpu.mems")] {
-        if let Some(list) = list {
-            set(file, list.to_string(), field);
-        }
-    }
-    if let Some(memory) = asked.memory {
-        let max = match memory {
-            Limit::Unlimited => "max".into(),
-            Limit::To(_) => size.memory.saturating_add(overhead.memory).to_string(),
-        };
-        set("memory.max", max, "memory.limit");
-    }
-    if let Some(low) = asked.reservation {
-        set("memory.low", number(low), "memory.reservation");
-    }
-    if let Some(swap) = asked.swap {
-        set("memory.swap.max", number(swap), "memory.swap");
-    }
-    if let Some(pids) = asked.pids {
-        let max = match pids {
-            Limit::Unlimited => Limit::Unlimited,
-            Limit::To(limit) => Limit::To(limit.saturating_add(THREADS + u64::from(size.vcpus))),
-        };
-        set("pids.max", number(max), "pids.limit");
-    }
-    for (file, value, field) in &asked.io {
-        settings.push(Setting { file: file.clone(), value: value.clone(), field: field.clone() });
-    }
-    settings
-}
-
-/// The kernel's counters are 63 bits wide: what is more is no limit.
-fn number(limit: Limit) -> String {
-    match limit {
-        Limit::To(number) if number <= i64::MAX as u64 => number.to_string(),
-        _ => "max".into(),
-    }
+    pod.settings(present)
 }
 
 #[cfg(test)]
 mod tests {
+    use caisson_oci::resources::runc_table::{CASES, effect};
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
     use crate::resources::tests::asked;
 
+    const SIZE: MachineSize = MachineSize { vcpus: 2, memory: 300 << 20 };
+    const OVERHEAD: Overhead = Overhead { memory: 100 << 20, cpu_millis: 250 };
+
+    fn lines_after(json: serde_json::Value, present: &str) -> Vec<String> {
+        let present = OVERHEAD.taken_from(CpuTime::of_file(present));
+        let settings = settings(&asked(json).unwrap(), present, SIZE, OVERHEAD);
+        let line = |setting: &Setting| setting.choices.last().map(|(file, value)| format!("{file} {value}")).unwrap();
+        settings.iter().map(line).collect()
+    }
+
     fn lines(json: serde_json::Value) -> Vec<String> {
-        let size = MachineSize { vcpus: 2, memory: 300 << 20 };
-        let overhead = Overhead { memory: 100 << 20, cpu_millis: 250 };
-        let settings = settings(&asked(json).unwrap(), size, overhead);
-        settings.iter().map(|setting| format!("{} {}", setting.file, setting.value)).collect()
+        lines_after(json, "")
+    }
+
+    #[test]
+    fn the_host_writes_what_runc_writes_for_a_pod_without_overhead() {
+        let none = Overhead { memory: 0, cpu_millis: 0 };
+        for case in CASES {
+            let asked = asked(serde_json::from_str(case.resources).unwrap()).ok();
+            let written = asked.map(|asked| {
+                // A machine that is as large as the limit.
+                let memory = match asked.memory {
+                    Some(Limit::To(memory)) => memory,
+                    _ => 0,
+                };
+                let size = MachineSize { vcpus: 0, memory };
+                effect(&settings(&asked, CpuTime::of_file(case.cpu_max), size, none), case.bfq)
+            });
+            let expected = case.expected().map(|mut files| {
+                files.retain(|file, _| {
+                    file != "memory.high" && !["hugetlb", "rdma"].iter().any(|name| file.starts_with(name))
+                });
+                if let Some(pids) = files.get_mut("pids.max").filter(|pids| *pids != "max") {
+                    *pids = (pids.parse::<u64>().unwrap() + THREADS).to_string();
+                }
+                files
+            });
+            assert_eq!(written, expected, "{case:?}");
+        }
+    }
+
+    #[test]
+    fn an_update_of_the_period_alone_keeps_the_containers_quota() {
+        let json = json!({ "cpu": { "period": 200_000 } });
+        // A container with 50000 in 100000.
+        assert_eq!(lines_after(json.clone(), "75000 100000"), ["cpu.max 100000 200000"]);
+        assert_eq!(lines_after(json, "max 100000"), ["cpu.max max 200000"]);
+        assert_eq!(lines_after(json!({ "cpu": { "quota": 10_000 } }), "75000 200000"), ["cpu.max 60000 200000"]);
+        assert_eq!(lines_after(json!({ "cpu": { "burst": 0 } }), "75000 100000"), ["cpu.max.burst 0"]);
+    }
+
+    proptest! {
+        /// The pod's file is all that remembers its container's processor time.
+        #[test]
+        fn a_containers_time_can_be_read_from_its_pods(
+            quota in 1000u64..1 << 40, period in 1000u64..=1_000_000, cpu_millis in 0u64..10_000,
+        ) {
+            let overhead = Overhead { memory: 0, cpu_millis };
+            for quota in [Limit::To(quota), Limit::Unlimited] {
+                let time = CpuTime { quota, period };
+                let file = overhead.added_to(time).to_string();
+                prop_assert_eq!(overhead.taken_from(CpuTime::of_file(&file)), time);
+            }
+        }
     }
 
     #[test]
@@ -149,16 +168,17 @@ mod tests {
             "blockIO": { "throttleReadIOPSDevice": [{ "major": 8, "minor": 0, "rate": 9 }] },
         });
         let expected = [
+            "pids.max 134",
+            "memory.swap.max 10485760",
+            "memory.max 419430400",
+            "memory.low 5",
+            "io.max 8:0 riops=9",
             "cpu.weight 39",
+            "cpu.max.burst 7",
             "cpu.max 100000 200000",
             "cpu.max.burst 7",
             "cpuset.cpus 0-1",
             "cpuset.mems 0",
-            "memory.max 419430400",
-            "memory.low 5",
-            "memory.swap.max 10485760",
-            "pids.max 134",
-            "io.max 8:0 riops=9",
         ];
         assert_eq!(lines(json), expected);
     }
@@ -166,10 +186,11 @@ mod tests {
     #[test]
     fn no_limit_is_max_and_silence_sets_nothing() {
         let json = json!({ "cpu": { "quota": -1 }, "memory": { "limit": -1, "swap": -1 }, "pids": { "limit": -1 } });
-        assert_eq!(lines(json), ["cpu.max max 100000", "memory.max max", "memory.swap.max max", "pids.max max"]);
+        assert_eq!(lines(json), ["pids.max max", "memory.swap.max max", "memory.max max", "cpu.max max 100000"]);
         assert_eq!(lines(json!({})), Vec::<String>::new());
         assert_eq!(lines(json!({ "cpu": { "idle": 1, "shares": 2 } })), ["cpu.idle 1"]);
         assert_eq!(lines(json!({ "pids": { "limit": i64::MAX } })), ["pids.max max"]);
+        assert_eq!(lines(json!({ "pids": { "limit": 4_194_304 } })), ["pids.max max"]);
     }
 
     #[test]

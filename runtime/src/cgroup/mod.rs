@@ -28,8 +28,9 @@ use nix::{
     sys::statfs::{CGROUP2_SUPER_MAGIC, statfs},
 };
 
+use caisson_oci::{Need, Setting};
+
 use crate::host::paths::allow_missing;
-use limits::Setting;
 
 /// Where the hierarchy is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
@@ -164,7 +165,7 @@ impl HostCgroup {
         File::open(&self.path).map_err(system("open", &self.path))
     }
 
-    /// Writes limits; the first that cannot be written ends it, those before it hold.
+    /// Writes limits; if one cannot be written, none changes.
     ///
     /// # Errors
     /// [`CgroupError::Controller`] or [`CgroupError::Limit`], before anything is written if a controller is missing.
@@ -176,8 +177,8 @@ impl HostCgroup {
         let available = fs::read_to_string(&file).map_err(system("read", &file))?;
         let available = available.trim();
         // Without a controller there is nothing that its limit could be taken from.
-        let needed = settings.iter().filter(|setting| !self.is_void(setting));
-        for setting in needed.clone() {
+        let needed: Vec<_> = settings.iter().filter(|setting| !self.is_void(setting)).cloned().collect();
+        for setting in &needed {
             if !available.split(' ').any(|controller| controller == setting.controller()) {
                 return Err(CgroupError::Controller {
                     field: setting.field.clone(),
@@ -187,30 +188,21 @@ impl HostCgroup {
                 });
             }
         }
-        for Setting { file, value, field } in needed {
-            let path = self.path.join(self.file_name(file));
-            let written =
-                OpenOptions::new().write(true).open(&path).and_then(|mut file| file.write_all(value.as_bytes()));
-            written.map_err(|source| CgroupError::Limit {
-                field: field.clone(),
-                value: value.clone(),
-                path,
-                source,
-            })?;
-        }
-        Ok(())
+        let written = caisson_oci::write::change(&self.path, &needed);
+        written.map(drop).map_err(|refused| CgroupError::Limit {
+            path: self.path.join(&refused.file),
+            field: refused.field,
+            value: refused.value,
+            source: refused.error,
+        })
     }
 
     /// Whether a setting asks for no limit where the file does not exist, or for no swap where the kernel has no swap accounting.
     fn is_void(&self, setting: &Setting) -> bool {
-        let none = setting.value == "max" || setting.value.starts_with("max ");
-        (none || setting.file == "memory.swap.max" && setting.value == "0") && !self.path.join(&setting.file).exists()
-    }
-
-    /// The BFQ scheduler has weights of its own where the kernel knows no io.weight.
-    fn file_name<'f>(&self, file: &'f str) -> &'f str {
-        let bfq = file == "io.weight" && !self.path.join(file).exists();
-        if bfq { "io.bfq.weight" } else { file }
+        setting.choices.iter().all(|(file, value)| {
+            let none = value == "max" || value.starts_with("max ") || setting.need == Need::IfThere;
+            (none || file == "memory.swap.max" && value == "0") && !self.path.join(file).exists()
+        })
     }
 
     /// Removes it, once its processes are gone; they are the pod's, which has ended.

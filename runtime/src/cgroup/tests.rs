@@ -46,7 +46,7 @@ impl Drop for Place {
 }
 
 fn setting(file: &str, value: &str, field: &str) -> Setting {
-    Setting { file: file.into(), value: value.into(), field: field.into() }
+    Setting::new(file, value, field)
 }
 
 #[tokio::test]

@@ -2,13 +2,14 @@
 //! means something on the host. Processors and memory nodes are the host's numbers: the pod's processes are held to
 //! them there, and the guest gets as many of its own. Block devices, too, are the host's.
 
+use caisson_oci::{Limits, cpus::CpuList, resources::is_io_file};
 use serde_json::{Map, Value};
 
-use super::{Asked, cpus::CpuList, is_io_file, size::MachineSize};
+use super::size::MachineSize;
 
 /// Changes a specification's `linux.resources` object in place for a guest of this size; `asked` is what that object
 /// asks for. True if anything was changed.
-pub fn translate(resources: &mut Map<String, Value>, asked: &Asked, size: MachineSize) -> bool {
+pub fn translate(resources: &mut Map<String, Value>, asked: &Limits, size: MachineSize) -> bool {
     let mut changed = resources.remove("blockIO").is_some();
     let cpus = asked.cpus.as_ref().map(|cpus| guest_list(cpus, size.vcpus.into()));
     let mems = asked.mems.as_ref().map(|mems| guest_list(mems, 1));
@@ -47,7 +48,7 @@ mod tests {
     use super::*;
 
     fn translated(json: Value, vcpus: u8) -> (Value, bool) {
-        let asked = Asked::of(&serde_json::from_value(json.clone()).unwrap()).unwrap();
+        let asked = Limits::of(&serde_json::from_value(json.clone()).unwrap()).unwrap();
         let Value::Object(mut map) = json else { panic!("an object") };
         let changed = translate(&mut map, &asked, MachineSize { vcpus, memory: 1 << 28 });
         (Value::Object(map), changed)

@@ -1,7 +1,8 @@
 //! How large a pod's machine is: as its container's limits say, or as the configuration says where there are none. The
 //! machine keeps its size for life, so a later Update beyond it is an error.
 
-use super::{Asked, Limit, ResourceError};
+use caisson_oci::{CpuTime, FieldError, Limit, Limits};
+
 use crate::host::config::Config;
 
 const MIB: u64 = 1 << 20;
@@ -37,7 +38,7 @@ pub struct MachineSize {
 impl MachineSize {
     /// The size for a container that asks for `asked`. What it asks for beyond the configuration's bounds or the host's
     /// size it does not get: its own limits hold inside, as always.
-    pub fn of(asked: &Asked, config: &Config, host: HostSize) -> Self {
+    pub fn of(asked: &Limits, config: &Config, host: HostSize) -> Self {
         let vcpus = wanted_cpus(asked).map_or(config.vcpus, |wanted| {
             let most = u64::from(config.max_vcpus).min(host.cpus.into()).max(1);
             u8::try_from(wanted.clamp(1, most)).unwrap_or(config.max_vcpus)
@@ -54,20 +55,21 @@ impl MachineSize {
         Self { vcpus, memory: memory * MIB }
     }
 
-    /// Checks that a machine of this size can give a container what a changed limit asks for.
+    /// Checks that a machine of this size can give a container what a changed limit asks for; `time` is the processor
+    /// time that the container has then, if that changes.
     ///
     /// # Errors
-    /// [`ResourceError`] names the field, its value and the machine's size.
-    pub fn check(&self, asked: &Asked) -> Result<(), ResourceError> {
+    /// [`FieldError`] names the field, its value and the machine's size.
+    pub fn check(&self, asked: &Limits, time: Option<CpuTime>) -> Result<(), FieldError> {
         let fixed = "a pod's machine keeps the size that its container's first limits gave it";
         if let Some(Limit::To(limit)) = asked.memory
             && limit > self.memory
         {
             let has = self.memory / MIB;
             let message = format!("{limit} bytes is more than the pod's machine has ({has} MiB): {fixed}");
-            return Err(ResourceError::new("linux.resources.memory.limit", message));
+            return Err(FieldError::new("linux.resources.memory.limit", message));
         }
-        if let Some(time) = asked.time
+        if let Some(time) = time
             && let Limit::To(quota) = time.quota
             && quota.div_ceil(time.period) > self.vcpus.into()
         {
@@ -76,15 +78,15 @@ impl MachineSize {
                 "{quota} in each period of {period} microseconds is more processors than the pod's machine has ({}): {fixed}",
                 self.vcpus
             );
-            return Err(ResourceError::new("linux.resources.cpu.quota", message));
+            return Err(FieldError::new("linux.resources.cpu.quota", message));
         }
         Ok(())
     }
 }
 
 /// As many processors as a container can use: as its time needs, and not more than it may run on.
-fn wanted_cpus(asked: &Asked) -> Option<u64> {
-    let by_time = asked.time.and_then(|time| match time.quota {
+fn wanted_cpus(asked: &Limits) -> Option<u64> {
+    let by_time = asked.time_over(CpuTime::DEFAULT).and_then(|time| match time.quota {
         Limit::To(quota) => Some(quota.div_ceil(time.period)),
         Limit::Unlimited => None,
     });
@@ -134,7 +136,11 @@ mod tests {
     #[test]
     fn more_than_the_machine_has_is_refused_by_field_value_and_size() {
         let size = MachineSize { vcpus: 2, memory: 256 * MIB };
-        let refused = |json| size.check(&asked(json).unwrap()).unwrap_err().to_string();
+        let check = |json| {
+            let asked = asked(json).unwrap();
+            size.check(&asked, asked.time_over(CpuTime::DEFAULT))
+        };
+        let refused = |json| check(json).unwrap_err().to_string();
         let memory = refused(json!({ "memory": { "limit": 300 << 20 } }));
         for word in ["linux.resources.memory.limit", "314572800", "256 MiB"] {
             assert!(memory.contains(word), "{word}: {memory}");
@@ -147,7 +153,7 @@ mod tests {
             json!({ "cpu": { "quota": 200_000 }, "memory": { "limit": 256 << 20 } }),
             json!({ "cpu": { "quota": -1 } }),
         ] {
-            size.check(&asked(fits).unwrap()).unwrap();
+            check(fits).unwrap();
         }
     }
 

@@ -118,10 +118,7 @@ impl Flags {
 }
 
 /// Whether `name` is an identifier as containerd makes them: a file name without any meaning of its own.
-pub fn is_identifier(name: &str) -> bool {
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    (1..=76).contains(&name.len()) && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(good)
-}
+pub use caisson_oci::identifier::is_valid as is_identifier;
 
 #[cfg(test)]
 mod tests {

@@ -2,9 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use caisson_oci::{FieldError, hooks::Program};
 use oci_spec::runtime::{Hook as SpecHook, Spec};
-
-use super::FieldError;
 
 /// One program to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,24 +61,7 @@ fn list(kind: &str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, FieldErr
 }
 
 fn one(field: String, hook: &SpecHook) -> Result<Hook, FieldError> {
-    let path = hook.path().clone();
-    if !path.is_absolute() {
-        return Err(FieldError::new(format!("{field}.path"), format!("{path:?} must be an absolute path")));
-    }
-    let timeout = match hook.timeout() {
-        None => None,
-        Some(seconds) => Some(u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).ok_or_else(|| {
-            FieldError::new(format!("{field}.timeout"), format!("{seconds} must be more than 0 seconds"))
-        })?),
-    };
-    let env = hook.env().clone().unwrap_or_default();
-    let words = || hook.args().iter().flatten().chain(&env).map(String::as_str).chain(path.to_str());
-    if words().any(|word| word.contains('\0')) {
-        return Err(FieldError::new(field, "has a zero byte in it, which no argument can have"));
-    }
-    if let Some(variable) = env.iter().find(|variable| !variable.contains('=')) {
-        return Err(FieldError::new(format!("{field}.env"), format!("{variable:?} must be KEY=value")));
-    }
-    let args = hook.args().clone().unwrap_or_default();
-    Ok(Hook { field, path, args, env, timeout: timeout.map(Duration::from_secs) })
+    let Program { field, path, args, env, timeout } = Program::of(field, hook)?;
+    let timeout = timeout.map(|seconds| Duration::from_secs(seconds.into()));
+    Ok(Hook { field, path, args, env: env.unwrap_or_default(), timeout })
 }

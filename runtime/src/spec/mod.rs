@@ -19,8 +19,9 @@ use caisson_protos::agent::JoinedNamespace;
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
-use crate::resources::{Asked, ResourceError, guest::translate, size::MachineSize};
+use crate::resources::{guest::translate, size::MachineSize};
 use binds::Bind;
+use caisson_oci::{FieldError, Limits};
 use devices::Devices;
 use hooks::Hooks;
 use namespaces::Join;
@@ -80,7 +81,7 @@ pub struct BundleSpec {
     /// `linux.cgroupsPath`.
     pub cgroups_path: Option<String>,
     /// `linux.resources`.
-    pub asked: Asked,
+    pub asked: Limits,
     /// Bind mounts.
     pub binds: Vec<Bind>,
     /// Namespaces of other containers.
@@ -138,7 +139,7 @@ impl BundleSpec {
         let hooks = hooks::check(spec)?;
         let root = spec.root().as_ref().ok_or_else(|| FieldError::new("root", "is missing"))?;
         let linux = spec.linux().as_ref();
-        let asked = linux.and_then(|linux| linux.resources().as_ref()).map(Asked::of).transpose()?.unwrap_or_default();
+        let asked = linux.and_then(|linux| linux.resources().as_ref()).map(Limits::of).transpose()?.unwrap_or_default();
         let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
         Ok(Self {
             path,
@@ -223,25 +224,6 @@ fn without_empty_seccomp(json: &[u8]) -> Option<Vec<u8>> {
         && seccomp.get("syscalls").and_then(Value::as_array).is_none_or(Vec::is_empty);
     says_nothing.then(|| linux.remove("seccomp"))?;
     serde_json::to_vec(&spec).ok()
-}
-
-/// A field and what is wrong with it.
-#[derive(Debug)]
-struct FieldError {
-    field: String,
-    message: String,
-}
-
-impl FieldError {
-    fn new(field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { field: field.into(), message: message.into() }
-    }
-}
-
-impl From<ResourceError> for FieldError {
-    fn from(ResourceError { field, message }: ResourceError) -> Self {
-        Self { field, message }
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! What a pod has of its host: a machine of a size that does not change, and a cgroup. Made before the machine is
 //! launched, gone when the pod is.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
+use caisson_oci::{CpuTime, FieldError, Limits};
 use caisson_protos::agent::UpdateRequest;
 use oci_spec::runtime::LinuxResources;
 use serde_json::Value;
@@ -12,7 +13,7 @@ use crate::{
         CgroupError, HostCgroup,
         limits::{Overhead, settings},
     },
-    resources::{Asked, ResourceError, guest::translate, size::MachineSize},
+    resources::{guest::translate, size::MachineSize},
 };
 
 /// Changed limits that cannot be had.
@@ -23,7 +24,7 @@ pub enum AllotmentError {
     Malformed(#[from] serde_json::Error),
     /// The machine is not as large, or a value is invalid.
     #[error(transparent)]
-    Resource(#[from] ResourceError),
+    Resource(#[from] FieldError),
     /// The host's kernel refused.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -40,7 +41,9 @@ pub struct Allotment {
 /// Changed limits that the pod's machine can have.
 #[derive(Debug)]
 pub struct Change {
-    asked: Asked,
+    asked: Limits,
+    /// The processor time that the container has now.
+    present: CpuTime,
     /// For the agent: `linux.resources` as JSON.
     pub for_guest: Vec<u8>,
 }
@@ -67,9 +70,9 @@ impl Allotment {
         overhead: Overhead,
         mount: &Path,
         directory: &Path,
-        asked: &Asked,
+        asked: &Limits,
     ) -> Result<Self, CgroupError> {
-        let cgroup = HostCgroup::create(mount, directory, &settings(asked, size, overhead))?;
+        let cgroup = HostCgroup::create(mount, directory, &settings(asked, CpuTime::DEFAULT, size, overhead))?;
         Ok(Self { size, overhead, cgroup })
     }
 
@@ -90,12 +93,14 @@ impl Allotment {
     /// [`AllotmentError`] names the field, the value and the machine's size.
     pub fn change(&self, resources: &[u8]) -> Result<Change, AllotmentError> {
         let parsed: LinuxResources = serde_json::from_slice(resources)?;
-        let asked = Asked::of(&parsed)?;
-        self.size.check(&asked)?;
+        let asked = Limits::of(&parsed)?;
+        let file = fs::read_to_string(self.cgroup.path().join("cpu.max")).unwrap_or_default();
+        let present = self.overhead.taken_from(CpuTime::of_file(&file));
+        self.size.check(&asked, asked.time_over(present))?;
         let mut value: Value = serde_json::from_slice(resources)?;
         let changed = value.as_object_mut().is_some_and(|map| translate(map, &asked, self.size));
         let for_guest = if changed { serde_json::to_vec(&value)? } else { resources.to_vec() };
-        Ok(Change { asked, for_guest })
+        Ok(Change { asked, present, for_guest })
     }
 
     /// Changes the host's limits of the pod.
@@ -103,7 +108,7 @@ impl Allotment {
     /// # Errors
     /// [`AllotmentError::Cgroup`].
     pub fn apply(&self, change: &Change) -> Result<(), AllotmentError> {
-        Ok(self.cgroup.apply(&settings(&change.asked, self.size, self.overhead))?)
+        Ok(self.cgroup.apply(&settings(&change.asked, change.present, self.size, self.overhead))?)
     }
 
     /// Removes the cgroup, once its processes are gone.
@@ -125,7 +130,7 @@ mod tests {
     fn allotment(place: &Place) -> Allotment {
         let size = MachineSize { vcpus: 2, memory: 256 << 20 };
         let overhead = Overhead { memory: 128 << 20, cpu_millis: 250 };
-        Allotment::new(size, overhead, &place.mount, &place.directory, &Asked::default()).unwrap()
+        Allotment::new(size, overhead, &place.mount, &place.directory, &Limits::default()).unwrap()
     }
 
     #[test]

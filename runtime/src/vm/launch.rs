@@ -10,7 +10,8 @@ use std::{
 
 use caisson_protos::guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG};
 use caisson_vmm_client::{
-    CallError, Child, Console, Machine, Memory, SpawnError, Vsock, control, packet, process::spawn_monitor,
+    CallError, Child, Console, Machine, Memory, SpawnError, Vsock, control, packet,
+    process::{spawn_file_server, spawn_monitor},
 };
 use nix::{
     fcntl::OFlag,
@@ -156,13 +157,14 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     control::configure_and_start(&control, machine)?;
 
     let root = share.open_view()?;
-    let mut arguments = vec!["--socket-fd", "3", "--root-fd", "4"];
+    let max_files = max_files(config.pod_overhead_memory_mib).to_string();
+    let mut arguments = vec!["--socket-fd", "3", "--root-fd", "4", "--max-files", &max_files];
     let mut descriptors = vec![(servers_share.as_fd(), 3), (root.as_fd(), 4)];
     if let Some(socket) = &servers_host_share {
         arguments.extend(["--host-socket-fd", "5"]);
         descriptors.push((socket.as_fd(), 5));
     }
-    let fsd = Child::spawn_in(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
+    let fsd = spawn_file_server(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
     record(paths, &vmm, &fsd)?;
     for child in [&vmm, &fsd] {
         // It may be refused to a shim of few rights; then the pod goes a little before its time.
@@ -203,10 +205,31 @@ fn console(wanted: bool) -> Result<(Option<OwnedFd>, Option<OwnedFd>), LaunchErr
     Ok((Some(read), Some(write)))
 }
 
+/// How many files a guest may have caisson-fsd know and keep open, where both programs may take `overhead_mib` of memory. A
+/// file costs the host's kernel up to 2.5 KiB (docs/decisions/0014): half of the memory is for that.
+fn max_files(overhead_mib: u32) -> u64 {
+    const FILE: u64 = 2560;
+    /// What a guest needs to boot and run one container.
+    const LEAST: u64 = 2048;
+    ((u64::from(overhead_mib) << 20) / 2 / FILE).max(LEAST)
+}
+
 fn record(paths: &PodPaths, vmm: &Child, fsd: &Child) -> Result<(), LaunchError> {
     let path: PathBuf = paths.processes();
     let pids = [("shim", std::process::id()), ("vmm", vmm.pid()), ("fsd", fsd.pid())];
     // A process that has already ended needs no record.
     let members: Vec<Member> = pids.iter().filter_map(|(role, pid)| Member::of(role, *pid).ok()).collect();
     processes::record(&path, &members).map_err(system(format!("write {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_may_have_open_fits_the_overhead_that_pays_for_it() {
+        assert_eq!(max_files(128), 26_214);
+        assert_eq!(max_files(0), 2048);
+        assert!(max_files(u32::MAX) < 1 << 40);
+    }
 }

@@ -327,6 +327,9 @@ fn status_words(status: &io::Result<ExitStatus>) -> String {
     match status {
         Ok(status) => match (status.code(), status.signal()) {
             (Some(code), _) => format!("exit status {code}"),
+            (None, Some(libc::SIGSYS)) => {
+                "killed by signal 31 (SIGSYS): a system call that its filter forbids; journalctl -k --grep type=1326 has its number".into()
+            }
             (None, Some(signal)) => format!("killed by signal {signal}"),
             (None, None) => status.to_string(),
         },

@@ -77,12 +77,12 @@ fn a_disk_that_hangs_stops_nothing_else() {
     machine.command_line += &format!(" caisson.hangs-from={}", hung::HANGS_FROM);
     machine.disks = vec![disk("hung", &storage.open(), true), disk("sound", &sound, false)];
     let mut guest = Guest::start((machine, console));
-    storage.wait_for_reader();
-    // The guest goes on only when the monitor says that it serves it, although the read hangs.
+    // The guest begins with these when its read hangs.
     let said = read_until(&mut guest.console, "the other devices", |text| {
         text.contains("guest: the others work\r\n") || text.contains("guest: failed") && text.ends_with('\n')
     });
     assert!(!said.contains("guest: failed"), "{said}");
+    storage.wait_for_reader();
     assert_eq!(bytes(&sound, 4096, 4096), [0xdd; 4096]);
     let monitor = &mut guest.monitor;
     monitor.call(Request::Pause).expect("a pause does not wait for the disk");

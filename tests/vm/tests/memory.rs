@@ -60,12 +60,11 @@ fn a_guest_that_changes_its_kernel_does_not_change_the_file() {
 
 #[test]
 fn shared_memory_keeps_what_is_written_and_private_memory_does_not() {
-    // The command line is at 0x20000.
-    for (private, expected) in [(false, b"remember"), (true, &[0; 8])] {
+    // The command line is at 0x20000, and begins with the first device.
+    for (private, expected) in [(false, b"virtio_m"), (true, &[0; 8])] {
         let memory = tempfile::tempfile().unwrap();
         memory.set_len(32 << 20).unwrap();
         let mut machine = machine(kernel::descriptor(&kernel::flat(guests::power_off())));
-        machine.command_line = "remember me".into();
         machine.memory = Memory { size: 32 << 20, file: Some(memory.try_clone().unwrap().into()), private };
         let mut monitor = Monitor::spawn();
         monitor.start(machine);

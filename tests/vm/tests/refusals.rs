@@ -116,8 +116,10 @@ fn descriptors_that_are_something_else() {
 fn a_disk_that_may_not_be_written() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let read_only: OwnedFd = File::open(file.path()).unwrap().into();
-    let disk = Disk { serial: String::new(), file: read_only, read_only: false };
-    refused(with(|m| m.disks = vec![disk]), &["disk 0", "reading and writing"]);
+    let disk = |file| vec![Disk { serial: String::new(), file, read_only: false }];
+    refused(with(|m| m.disks = disk(read_only)), &["disk 0", "reading and writing"]);
+    let appending: OwnedFd = File::options().read(true).append(true).open(file.path()).unwrap().into();
+    refused(with(|m| m.disks = disk(appending)), &["disk 0", "O_APPEND"]);
 }
 
 #[test]
@@ -209,11 +211,11 @@ fn descriptors_that_are_missing_left_over_or_used_twice() {
     let mut twice = config(0);
     twice.initramfs = Some(DescriptorIndex(0));
     for (config, count, words) in [
-        (config(0), 0, "only 0 came"),
-        (config(255), 3, "only 3 came"),
-        (config(0), 2, "1 descriptors of the packet are not mentioned"),
+        (config(0), 0, "index 0 out of range (0 received)"),
+        (config(255), 3, "index 255 out of range (3 received)"),
+        (config(0), 2, "1 descriptors of the packet unused"),
         (config(0), MAX_DESCRIPTORS, "63 descriptors"),
-        (twice, 1, "already used"),
+        (twice, 1, "already in use"),
     ] {
         let descriptors: Vec<OwnedFd> = (0..count).map(|_| good()).collect();
         let error = monitor.call_with(Request::Configure(Box::new(config)), &descriptors).unwrap_err();
@@ -225,26 +227,28 @@ fn descriptors_that_are_missing_left_over_or_used_twice() {
     assert_eq!(open_descriptors(&monitor), before);
 }
 
+/// Nobody could be answered, so each ends the monitor, and the exit notice says why: a parent never waits in vain.
 #[test]
 fn packets_that_are_not_commands() {
-    let mut monitor = Monitor::spawn();
-    assert!(monitor.call(Request::Stats).is_err());
-    let before = open_descriptors(&monitor);
     let descriptors: Vec<OwnedFd> = (0..5).map(|_| kernel::descriptor(b"x")).collect();
-    let sound = encode(&Command { id: 1, request: Request::Stats }).unwrap();
-    let another_version = [&[9], &sound[1..]].concat();
-    let trailing = [sound.as_slice(), &[0]].concat();
-    for bytes in
-        [&[1][..], &[1, 255, 255, 255], &another_version, &trailing, &vec![1; MAX_PACKET], &vec![1; MAX_PACKET + 1]]
-    {
+    let configure = encode(&Command { id: 1, request: Request::Configure(Box::new(config(0))) }).unwrap();
+    let another_version = [&[9], &configure[1..]].concat();
+    let trailing = [configure.as_slice(), &[0]].concat();
+    let (malformed, together) = ("malformed", "install the parts of one Caisson release together");
+    for (bytes, words) in [
+        (&[1][..], malformed),
+        (&[1, 255, 255, 255], malformed),
+        (&another_version, together),
+        (&trailing, "1 bytes follow"),
+        (&vec![1; MAX_PACKET], "bytes follow"),
+        (&vec![1; MAX_PACKET + 1], "exceeds"),
+    ] {
+        let monitor = Monitor::spawn();
         monitor.send_raw(bytes, &descriptors);
+        let notice = monitor.exit_notice();
+        assert_eq!(notice.reason, ExitReason::MonitorError);
+        assert!(notice.detail.contains(words), "{notice:?} does not say {words:?}");
     }
-    // All of them were dropped, and the next sound command is answered.
-    assert!(matches!(monitor.call(Request::Stats), Err(error) if error.contains("not configured")));
-    assert_eq!(open_descriptors(&monitor), before);
-    assert!(monitor.log().contains("install the parts of one Caisson release together"), "{}", monitor.log());
-    monitor.start(good());
-    assert_eq!(monitor.exit_reason(), ExitReason::PoweredOff);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use caisson_vm_tests::{
     environment::program,
     linux::{Guest, scenario},
 };
-use caisson_vmm_client::{Child, Share, packet};
+use caisson_vmm_client::{Child, Share, packet, process::spawn_file_server};
 
 fn serve(root: &Path) -> (Child, OwnedFd) {
     let (theirs, ours) = packet::pair().unwrap();
@@ -21,7 +21,7 @@ fn serve(root: &Path) -> (Child, OwnedFd) {
     let log = std::io::stderr();
     let arguments = ["--socket-fd", "3", "--root-fd", "4"];
     let descriptors = [(theirs.as_fd(), 3), (root.as_fd(), 4)];
-    (Child::spawn(&program("caisson-fsd"), &arguments, &descriptors, log.as_fd()).unwrap(), ours)
+    (spawn_file_server(&program("caisson-fsd"), &arguments, &descriptors, log.as_fd(), None).unwrap(), ours)
 }
 
 #[test]

@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_that_lies_askew_is_copied() {
+    fn a_segment_that_is_not_page_congruent_is_copied() {
         let pieces = Segment { offset: 0x1008, ..GOOD }.pieces();
         assert_eq!(pieces.head, Some(Piece { address: 0x10_0000, offset: 0x1008, len: 0x2001 }));
         assert_eq!((pieces.mapped, pieces.tail), (None, None));

@@ -131,7 +131,7 @@ enum CopyError {
     Memory(GuestMemoryError),
 }
 
-/// Copies in pieces of bounded size: a segment that lies askew may be large.
+/// Copies in pieces of bounded size: a segment whose file offset and address do not match in the page may be large.
 fn copy(memory: &GuestMemory, image: &Image, piece: Piece) -> Result<(), CopyError> {
     let mut buffer = vec![0; piece.len.min(64 << 10) as usize];
     let mut done = 0;

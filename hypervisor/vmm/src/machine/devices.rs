@@ -35,11 +35,11 @@ pub fn build(
     fds: &mut Descriptors,
     log: &Logger,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, MachineError> {
-    at_most("disks", config.disks.len(), MAX_DISKS)?;
-    at_most("shares", config.shares.len(), MAX_SHARES)?;
-    at_most("networks", config.networks.len(), MAX_NETWORKS)?;
-    different("disks", config.disks.iter().map(|disk| &disk.serial))?;
-    different("shares", config.shares.iter().map(|share| &share.tag))?;
+    check_count("disks", config.disks.len(), MAX_DISKS)?;
+    check_count("shares", config.shares.len(), MAX_SHARES)?;
+    check_count("networks", config.networks.len(), MAX_NETWORKS)?;
+    check_unique("disks", config.disks.iter().map(|disk| &disk.serial))?;
+    check_unique("shares", config.shares.iter().map(|share| &share.tag))?;
 
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng)];
     if let Some(vsock) = &config.vsock {
@@ -64,7 +64,7 @@ pub fn build(
         devices.push(Box::new(net(index, network, fds, log)?));
     }
     // Each has an interrupt of its own.
-    at_most("devices", devices.len(), VIRTIO_IRQS.len())?;
+    check_count("devices", devices.len(), VIRTIO_IRQS.len())?;
     Ok(devices)
 }
 
@@ -122,15 +122,15 @@ fn net(index: usize, config: &NetworkConfig, fds: &mut Descriptors, log: &Logger
     Net::new(backends, settings, log.new(slog::o!("network" => index))).map_err(failed)
 }
 
-fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {
+fn check_count(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {
     if count > max { Err(MachineError::TooMany { what, count, max }) } else { Ok(()) }
 }
 
 /// The guest tells disks and shares apart by these names; several disks may have none.
-fn different<'a>(what: &'static str, names: impl Iterator<Item = &'a String>) -> Result<(), MachineError> {
+fn check_unique<'a>(what: &'static str, names: impl Iterator<Item = &'a String>) -> Result<(), MachineError> {
     let mut seen = BTreeSet::new();
     match names.filter(|name| !name.is_empty()).find(|name| !seen.insert(*name)) {
-        Some(name) => Err(MachineError::Twice { what, name: name.clone() }),
+        Some(name) => Err(MachineError::DuplicateName { what, name: name.clone() }),
         None => Ok(()),
     }
 }

@@ -77,8 +77,8 @@ pub fn entries(supported: &[kvm_cpuid_entry2], topology: Topology, clocks: Clock
                     let shared = if entry.eax >> 5 & 7 >= 3 { cores_field(topology) } else { 0 };
                     entry.eax = entry.eax & 0x3fff | shared << 14 | cores_field(topology) << 26;
                 }
-                // No performance counters, Intel's and AMD's: they would tell of the neighbours, and cost exits. KVM was
-                // told so as well (crate::kvm), where it can be; AMD's first four counters have no bit here.
+                // No performance counters, Intel's and AMD's: they would leak what other guests do, and cost exits. They
+                // are disabled in KVM as well (crate::kvm), where it can do that; AMD's first four counters have no bit here.
                 0xa | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
                 0x8000_0001 => {
                     entry.ecx &= !(leaf_ext1_ecx::SVM | leaf_ext1_ecx::COUNTERS);

@@ -1,4 +1,4 @@
-//! What KVM says about an exit that ends the machine, in words for the log.
+//! What KVM says about an exit that ends the machine, as text for the log.
 
 use std::fmt::Write;
 

@@ -1,7 +1,7 @@
 //! Lets vCPU threads run or holds them all.
 //!
 //! ```text
-//!   main thread: close ── kick every vCPU ── wait until all stand ─────────► paused
+//!   main thread: close ── kick every vCPU ── wait until all have stopped ─────────► paused
 //!   vCPU thread: run ─► interrupted ─► pass: closed? count me, wait ─► open ─► run
 //! ```
 //!
@@ -27,23 +27,23 @@ use std::sync::{
 #[derive(Debug, Default)]
 pub struct Gate {
     closed: AtomicBool,
-    standing: Mutex<usize>,
+    stopped: Mutex<usize>,
     changed: Condvar,
 }
 
 impl Gate {
-    /// A vCPU thread comes by; returns when the gate is open, and says whether it had to wait.
+    /// Returns when the gate is open; whether the vCPU thread had to wait.
     pub fn pass(&self) -> bool {
         if !self.closed.load(Ordering::SeqCst) {
             return false;
         }
-        let mut standing = self.lock();
-        *standing += 1;
+        let mut stopped = self.lock();
+        *stopped += 1;
         self.changed.notify_all();
         while self.closed.load(Ordering::SeqCst) {
-            standing = self.changed.wait(standing).unwrap_or_else(PoisonError::into_inner);
+            stopped = self.changed.wait(stopped).unwrap_or_else(PoisonError::into_inner);
         }
-        *standing -= 1;
+        *stopped -= 1;
         true
     }
 
@@ -58,23 +58,23 @@ impl Gate {
         self.closed.store(true, Ordering::SeqCst);
     }
 
-    /// Waits until `count` vCPUs stand before the closed gate or have left.
+    /// Waits until `count` vCPU threads wait at the closed gate or have ended.
     pub fn wait_for(&self, count: usize) {
-        let mut standing = self.lock();
-        while *standing < count {
-            standing = self.changed.wait(standing).unwrap_or_else(PoisonError::into_inner);
+        let mut stopped = self.lock();
+        while *stopped < count {
+            stopped = self.changed.wait(stopped).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Lets everybody go on.
     pub fn open(&self) {
-        let _standing = self.lock();
+        let _stopped = self.lock();
         self.closed.store(false, Ordering::SeqCst);
         self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, usize> {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_moves_while_it_is_closed() {
+    fn no_thread_runs_while_it_is_closed() {
         let gate = Arc::new(Gate::default());
         let steps = Arc::new(AtomicU32::new(0));
         let stop = Arc::new(AtomicBool::new(false));

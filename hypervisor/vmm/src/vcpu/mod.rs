@@ -52,10 +52,10 @@ pub struct Vcpu {
 
 /// What a vCPU thread shares with the rest of the machine.
 #[derive(Clone)]
-pub struct Surroundings {
+pub struct VcpuContext {
     /// What port and register accesses reach.
     pub bus: Arc<Bus>,
-    /// Whom to tell that it is over.
+    /// Takes the reason when the machine has ended.
     pub end: Arc<End>,
     /// Whether to run.
     pub gate: Arc<Gate>,
@@ -108,8 +108,8 @@ fn set_cpuid(fd: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), KvmError> 
 /// # Errors
 /// The system call's.
 pub fn install_kick() -> io::Result<()> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    Ok(register_signal_handler(SIGRTMIN(), nothing)?)
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    Ok(register_signal_handler(SIGRTMIN(), ignore)?)
 }
 
 /// Lets the kick's signal through on this thread: whoever started the process may have blocked it, and a blocked signal ends no
@@ -130,24 +130,24 @@ impl Vcpu {
     ///
     /// # Errors
     /// No more threads.
-    pub fn start(mut self, surroundings: Surroundings) -> io::Result<Running> {
+    pub fn start(mut self, context: VcpuContext) -> io::Result<Running> {
         let immediate_exit = ImmediateExit::of(&mut self.fd);
         let exits = Arc::new(AtomicU64::new(0));
         let counter = exits.clone();
         let thread =
             std::thread::Builder::new().name(format!("vcpu{}", self.id)).stack_size(STACK).spawn(move || {
                 unblock_kick();
-                self.run(&surroundings, &counter);
-                surroundings.gate.leave();
+                self.run(&context, &counter);
+                context.gate.leave();
                 self.fd
             })?;
         Ok(Running { thread, immediate_exit, exits })
     }
 
-    fn run(&mut self, around: &Surroundings, exits: &AtomicU64) {
+    fn run(&mut self, context: &VcpuContext, exits: &AtomicU64) {
         let immediate_exit = ImmediateExit::of(&mut self.fd);
         loop {
-            if around.gate.pass() {
+            if context.gate.pass() {
                 // Tells the guest's watchdogs that it was stopped; fails if it does not use kvm-clock, and then need not know.
                 let _ = self.fd.kvmclock_ctrl();
             }
@@ -155,13 +155,13 @@ impl Vcpu {
             exits.fetch_add(1, Ordering::Relaxed);
             match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
-                    if let Some(exit) = around.bus.ports.write(port, data) {
-                        return around.end.declare(exit.reason, exit.detail);
+                    if let Some(exit) = context.bus.ports.write(port, data) {
+                        return context.end.declare(exit.reason, exit.detail);
                     }
                 }
-                Ok(VcpuExit::IoIn(port, data)) => around.bus.ports.read(port, data),
-                Ok(VcpuExit::MmioRead(address, data)) => around.bus.read(GuestAddress(address), data),
-                Ok(VcpuExit::MmioWrite(address, data)) => around.bus.write(GuestAddress(address), data),
+                Ok(VcpuExit::IoIn(port, data)) => context.bus.ports.read(port, data),
+                Ok(VcpuExit::MmioRead(address, data)) => context.bus.read(GuestAddress(address), data),
+                Ok(VcpuExit::MmioWrite(address, data)) => context.bus.write(GuestAddress(address), data),
                 Ok(VcpuExit::Intr) => {}
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                     // Then to the gate, in this order.
@@ -169,20 +169,20 @@ impl Vcpu {
                 }
                 Ok(VcpuExit::Shutdown) => {
                     let detail = format!("triple fault on vCPU {}", self.id);
-                    return around.end.declare(ExitReason::TripleFault, detail);
+                    return context.end.declare(ExitReason::TripleFault, detail);
                 }
                 Ok(VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK)) => std::thread::sleep(BUS_LOCK_REST),
                 Ok(VcpuExit::Unsupported(KVM_EXIT_NOTIFY)) => {
                     if exit::context_is_lost(&mut self.fd) {
                         let detail =
                             format!("vCPU {}: it kept its processor from the host, its state is lost", self.id);
-                        return around.end.declare(ExitReason::KvmError, detail);
+                        return context.end.declare(ExitReason::KvmError, detail);
                     }
                 }
                 other => {
                     let what = exit::describe_unexpected(other);
                     let detail = format!("vCPU {}: {}{}", self.id, what, exit::details(&mut self.fd));
-                    return around.end.declare(ExitReason::KvmError, detail);
+                    return context.end.declare(ExitReason::KvmError, detail);
                 }
             }
         }

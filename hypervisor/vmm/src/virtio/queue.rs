@@ -1,7 +1,7 @@
 //! A virtqueue as devices see it: [`VirtQueue::pop`] gives checked chains, [`VirtQueue::complete`] returns them.
 //!
 //! Ring and index handling is the virtio-queue crate's; what this adds is the check of a whole chain before a device
-//! sees any of it: readable before writable descriptors, every byte in guest memory, a proper end.
+//! sees any of it: readable before writable descriptors, every byte in guest memory, a last descriptor.
 
 use std::{
     num::Wrapping,
@@ -35,8 +35,8 @@ pub enum QueueError {
     #[error("chain {0}: a readable descriptor follows a writable one")]
     Order(u16),
     /// The chain loops, names a descriptor outside the table, or its indirect table is malformed.
-    #[error("chain {0}: no proper end")]
-    End(u16),
+    #[error("unterminated descriptor chain {0}")]
+    Unterminated(u16),
     /// More descriptors than the queue has (2.7.5.3.1), in an indirect table.
     #[error("chain {head}: more descriptors than the {size} of its queue")]
     Descriptors {
@@ -69,6 +69,8 @@ pub struct VirtQueue {
     used_since_signal: bool,
     /// How far the driver had been asked then.
     asked: Wrapping<u16>,
+    /// An interrupt is due, whatever the driver said last.
+    signal_always: bool,
     /// The device left chains for later.
     call_again: bool,
 }
@@ -79,7 +81,13 @@ impl VirtQueue {
     /// # Errors
     /// If `max_size` is not a power of two up to 32768.
     pub fn new(max_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false, asked: Wrapping(0), call_again: false })
+        Ok(Self {
+            queue: Queue::new(max_size)?,
+            used_since_signal: false,
+            asked: Wrapping(0),
+            signal_always: false,
+            call_again: false,
+        })
     }
 
     /// The ring's registers, for the transport.
@@ -125,7 +133,7 @@ impl VirtQueue {
             chain.push(memory, &descriptor, count, size)?;
             ended = !descriptor.has_next();
         }
-        if ended { Ok(Some(chain)) } else { Err(QueueError::End(chain.head)) }
+        if ended { Ok(Some(chain)) } else { Err(QueueError::Unterminated(chain.head)) }
     }
 
     /// Puts the chain that [`Self::pop`] gave last back, so that the next pop gives it again. At most once for each pop.
@@ -146,16 +154,16 @@ impl VirtQueue {
         loop {
             // `left` ends a loop: a chain has no more descriptors than its table.
             if index >= size || left == 0 {
-                return Err(QueueError::End(head));
+                return Err(QueueError::Unterminated(head));
             }
             left -= 1;
             let address = table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_LEN));
             let descriptor = address.and_then(|at| memory.read_obj::<Descriptor>(at).ok());
-            let descriptor = descriptor.ok_or(QueueError::End(head))?;
+            let descriptor = descriptor.ok_or(QueueError::Unterminated(head))?;
             if descriptor.refers_to_indirect_table() {
                 let entries = u16::try_from(descriptor.len() / u32::from(DESCRIPTOR_LEN)).unwrap_or(0);
                 if indirect || descriptor.len() % u32::from(DESCRIPTOR_LEN) != 0 {
-                    return Err(QueueError::End(head));
+                    return Err(QueueError::Unterminated(head));
                 }
                 (table, size, index, left, indirect) = (descriptor.addr(), entries, 0, entries, true);
                 continue;
@@ -218,6 +226,28 @@ impl VirtQueue {
         self.used_since_signal = true;
     }
 
+    /// Makes an interrupt due even if the driver has asked for none. After a restore: what was completed quietly before the save
+    /// is not counted any more, so the driver's wish cannot be compared with it.
+    pub fn signal_always(&mut self) {
+        self.signal_always = true;
+    }
+
+    /// The driver's index of the available ring. Asks the driver to notify when it advances, though what it made available
+    /// before was not taken.
+    ///
+    /// # Errors
+    /// If the rings are not in guest memory.
+    pub fn await_advance(&mut self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        let next = self.queue.next_avail();
+        let available = self.queue.avail_idx(memory, Ordering::Acquire)?;
+        self.queue.set_next_avail(available.0);
+        let enabled = self.queue.enable_notification(memory);
+        self.queue.set_next_avail(next);
+        enabled?;
+        // It may have advanced before it could see that we want to know.
+        Ok(self.queue.avail_idx(memory, Ordering::Acquire)?.0)
+    }
+
     /// Asks the transport to call `queue_ready` for this queue again, after everything else that waits on the device
     /// thread had its turn. A device that stops before the queue is empty calls this, so that a driver that adds
     /// chains as fast as they are served cannot hold the thread.
@@ -254,7 +284,8 @@ impl VirtQueue {
     /// # Errors
     /// If the rings are not in guest memory.
     pub fn take_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        if !std::mem::take(&mut self.used_since_signal) {
+        let always = std::mem::take(&mut self.signal_always);
+        if !std::mem::take(&mut self.used_since_signal) && !always {
             return Ok(false);
         }
         // The driver must see what was completed before its wish is read.
@@ -270,7 +301,7 @@ impl VirtQueue {
         let wanted: u16 = memory.load(at, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
         let now = Wrapping(self.queue.next_used());
         let asked = std::mem::replace(&mut self.asked, now);
-        Ok(now - Wrapping(u16::from_le(wanted)) - Wrapping(1) < now - asked)
+        Ok(now - Wrapping(u16::from_le(wanted)) - Wrapping(1) < now - asked || always)
     }
 }
 

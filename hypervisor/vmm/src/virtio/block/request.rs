@@ -24,7 +24,7 @@ pub const HEADER: usize = 16;
 const SEGMENT: usize = 16;
 /// Bytes of a serial number.
 pub const SERIAL: usize = 20;
-/// The most data that one read or write may carry. Linux asks for 1.25 MiB unless told otherwise.
+/// The most data that one read or write may carry. Linux asks for 1.25 MiB unless it is configured otherwise.
 pub const MAX_DATA: usize = 64 << 20;
 /// The most segments in a discard or write-zeroes request.
 pub const MAX_SEGMENTS: u32 = 16;
@@ -93,7 +93,7 @@ impl Request {
     /// Reads and checks a request. The chain must have a status byte; its position is the last writable byte.
     ///
     /// # Errors
-    /// What the driver is to be told.
+    /// The status for the driver.
     pub fn parse(chain: &Chain, disk: Geometry) -> Result<Self, Refusal> {
         let mut header = [0; HEADER];
         chain.readable.read(0, &mut header).map_err(|_| Refusal::Invalid)?;

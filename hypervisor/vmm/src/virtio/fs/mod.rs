@@ -36,7 +36,11 @@ use slog::{Logger, error, info, warn};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::timerfd::TimerFd;
 
-use self::{requests::Waiting, slots::Slots, wire::Reply};
+use self::{
+    requests::{SMALL, Waiting},
+    slots::Slots,
+    wire::Reply,
+};
 use super::{Chain, Context, DeviceError, Poll, PollToken, Turn, VirtioDevice, read_config_bytes};
 
 #[cfg(test)]
@@ -128,6 +132,8 @@ pub struct FsDevice {
     alarm: Alarm,
     /// The newest request when the alarm was set: if it or an older one is in flight when it fires, the server stalls.
     newest: u64,
+    /// Where small replies are received while several requests are in flight.
+    small_reply: Box<[u8; SMALL]>,
     /// Times in a row that the server was found to stall.
     stalls: u32,
     log: Logger,
@@ -188,6 +194,7 @@ impl FsDevice {
             timer,
             alarm: Alarm::Off,
             newest: 0,
+            small_reply: Box::new([0; SMALL]),
             stalls: 0,
             log,
             #[cfg(test)]

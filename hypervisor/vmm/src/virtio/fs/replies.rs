@@ -1,9 +1,13 @@
 //! The way of a reply from the file server to the driver.
 //!
-//! With one request in flight, the next packet is its reply unless the server breaks the protocol: it is received straight into
-//! the request's chain, and its number is checked afterwards. With several in flight, a look at the header comes first. In the first case the
-//! body of a packet under a wrong number is in the chain of a request that still waits. That is harmless: the server may
-//! write any reply there, and the driver reads none of it before the request is complete.
+//! Whose reply comes next is known only with one request in flight, so there are three ways, the cheapest that fits is taken:
+//!
+//! - *One request:* the packet is received straight into its chain, and the number is checked afterwards. The body of a packet
+//!   under a wrong number is in the chain of a request that still waits then. That is harmless: the server may write any
+//!   reply there, and the driver reads none of it before the request is complete.
+//! - *Only small requests:* no reply is longer than [`SMALL`](super::requests::SMALL), so the packet is received here and copied: a few hundred
+//!   bytes mostly, which costs less than a second call.
+//! - *Else* a look at the header comes first.
 
 use std::os::fd::AsFd;
 
@@ -47,6 +51,7 @@ impl FsDevice {
             Some(request) => self.chain_of(context, request)?,
             None => None,
         };
+        let small = self.state.slots.large() == 0;
         let mut header = [0; REPLY_HEADER];
         let received = match &only {
             Some(chain) => chain
@@ -54,8 +59,15 @@ impl FsDevice {
                 .receive_packet(self.socket.as_fd(), &mut header)
                 .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)),
             None => {
-                let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-                recv(&self.socket, &mut header, flags).map(|(_, len)| len)
+                let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+                if small {
+                    recv(&self.socket, self.small_reply.as_mut_slice(), flags).map(|(_, len)| {
+                        header = self.small_reply.first_chunk().copied().unwrap_or_default();
+                        len
+                    })
+                } else {
+                    recv(&self.socket, &mut header, flags | RecvFlags::PEEK).map(|(_, len)| len)
+                }
             }
         };
         let len = match received {
@@ -72,15 +84,33 @@ impl FsDevice {
         let request = if len < REPLY_HEADER { None } else { self.state.slots.take(Reply::parse(&header).unique) };
         match (request, &only) {
             (Some(request), Some(chain)) => self.finish(context, request, chain, Reply::parse(&header), len)?,
+            (Some(request), None) if small => self.copy(context, request, len)?,
             (Some(request), None) => self.deliver(context, request)?,
             (None, received) => {
-                if received.is_none() {
+                if received.is_none() && !small {
                     self.discard_packet();
                 }
                 self.count_strange(len, &header);
             }
         }
         Ok(Some(len))
+    }
+
+    /// Copies a small reply of `len` bytes into the chain of its request. One that is longer than what it was received into
+    /// breaks the protocol, which [`Self::finish`] sees.
+    fn copy(&self, context: &mut Context, request: InFlight, len: usize) -> Result<(), DeviceError> {
+        let Some(ring) = context.queues.get(usize::from(request.queue)) else { return Ok(()) };
+        let chain = ring.chain(context.memory, request.head)?;
+        let room = chain.writable.len();
+        if room < REPLY_HEADER {
+            // The driver changed its descriptors meanwhile.
+            *context.guest_faults += 1;
+        }
+        if let Some(body) = self.small_reply.get(REPLY_HEADER..len.min(room)) {
+            chain.writable.write(REPLY_HEADER, body)?;
+        }
+        let header = self.small_reply.first_chunk().copied().unwrap_or_default();
+        self.finish(context, request, &chain, Reply::parse(&header), len)
     }
 
     /// The chain of a request, if a reply can be received into it.

@@ -26,7 +26,7 @@ use super::{
 use crate::virtio::{Chain, Context, DeviceError, Served};
 
 /// A request and the room for its reply together, bytes: above this it is a large one.
-const SMALL: usize = 8 << 10;
+pub(super) const SMALL: usize = 8 << 10;
 
 /// The most bytes of large requests and of room for their replies in flight. Some ten of the greatest size keep the server
 /// busy; a lookup behind them waits for well under a millisecond of copying.

@@ -4,14 +4,14 @@
 //!   vCPU threads                              device thread
 //!     register write ──► [lock] Registers       │
 //!     register read ══► page (no exit)          │
-//!       DRIVER_OK, reset ─────── wake ─────────►│ settle: device.reset, device.activate
+//!       DRIVER_OK, reset ─────── wake ─────────►│ apply_status: device.reset, activate
 //!     QueueNotify ═══ ioeventfd (no exit) ═════►│ device.queue_ready
 //!     InterruptACK ══ ioeventfd, never read     │ device.descriptor_ready
 //!     ◄═══════════════ irqfd ═══════════════════│ one interrupt, if any completed chain needs it
 //! ```
 //!
 //! A reset takes effect in the very register write: the queues are gone when the vCPU goes on, so nothing can touch
-//! guest memory any more; the device hears of it before anything else happens to it. Activation may happen a little
+//! guest memory any more; device.reset is called before anything else of the device. Activation may happen a little
 //! after the write, which no driver can tell from a slow device.
 //!
 //! **Interrupts** are edges on an IOAPIC pin of their own, so that none has to be taken back. The acknowledgement is
@@ -62,7 +62,7 @@ pub struct MmioDevice {
     log: Logger,
     notify: Vec<EventFd>,
     acknowledge: EventFd,
-    /// Registers changed in a way that the device must hear of.
+    /// A register write asks for a reset or activation of the device.
     wake: EventFd,
     interrupt: EventFd,
     page: RegisterPage,
@@ -78,7 +78,7 @@ struct Inner {
     device: Box<dyn VirtioDevice>,
     /// Exists while the device is active.
     queues: Option<Vec<VirtQueue>>,
-    /// The device was active when the driver reset it and has not heard of it.
+    /// The device was active when the driver reset it, and device.reset is still to be called.
     reset_due: bool,
 }
 
@@ -110,8 +110,8 @@ impl MmioDevice {
     ) -> io::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let registers = Registers::new(device.device_id(), device.features(), device.queue_sizes());
-        page.show(&registers);
-        page.show_config(|config| device.read_config(0, config));
+        page.publish(&registers);
+        page.publish_config(|config| device.read_config(0, config));
         Ok(Self {
             name: device.name(),
             memory,
@@ -179,7 +179,7 @@ impl MmioDevice {
         let Ok(word) = <[u8; 4]>::try_from(data) else { return self.count_fault() };
         let mut inner = self.lock();
         let effect = inner.registers.write(offset, u32::from_le_bytes(word));
-        self.page.show(&inner.registers);
+        self.page.publish(&inner.registers);
         match effect {
             Effect::None => {}
             Effect::Refused => self.count_fault(),
@@ -218,7 +218,7 @@ impl MmioDevice {
     }
 
     /// Brings the device to where the registers are: reset, then active. Whether there was a reset.
-    fn settle(&self, inner: &mut Inner, poll: &mut dyn Poll) -> bool {
+    fn apply_status(&self, inner: &mut Inner, poll: &mut dyn Poll) -> bool {
         let reset = std::mem::take(&mut inner.reset_due);
         if reset {
             inner.device.reset(poll);
@@ -234,7 +234,7 @@ impl MmioDevice {
             }
             self.call(inner, poll, |device, context| {
                 device.activate(context)?;
-                // Notifications that came before DRIVER_OK were not for anybody.
+                // Notifications before DRIVER_OK had no effect.
                 (0..context.queues.len()).try_for_each(|queue| device.queue_ready(context, queue))
             });
         }
@@ -302,13 +302,13 @@ impl MmioDevice {
         inner.device.reset(poll);
         inner.queues = None;
         inner.registers.set_needs_reset();
-        self.page.show(&inner.registers);
+        self.page.publish(&inner.registers);
         self.send_interrupt(VIRTIO_MMIO_INT_CONFIG);
     }
 
     fn handle(&self, fd: RawFd, token: PollToken, events: EventSet, poll: &mut dyn Poll) {
         let mut inner = self.lock();
-        let reset = self.settle(&mut inner, poll);
+        let reset = self.apply_status(&mut inner, poll);
         if fd == self.wake.as_raw_fd() {
             let _ = self.wake.read();
         } else if let Some((queue, event)) = self.notify.iter().enumerate().find(|(_, event)| event.as_raw_fd() == fd) {

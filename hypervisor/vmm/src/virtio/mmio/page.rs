@@ -1,5 +1,5 @@
-//! A device's registers as memory. The guest reads them without leaving: KVM shows it this page read-only, and only
-//! writes come out. At each interrupt Linux reads InterruptStatus and writes InterruptACK; the first is a plain load
+//! A device's registers as memory. The guest reads them without an exit: the page is a read-only memory slot of KVM
+//! (KVM_MEM_READONLY), and only writes cause exits. At each interrupt Linux reads InterruptStatus and writes InterruptACK; the first is a plain load
 //! from here and the second is swallowed (see the module above), so an interrupt costs no exit to this process at all.
 //!
 //! Where KVM cannot do that, reads come out as any access to a device, and are answered from this page as well.
@@ -46,15 +46,15 @@ impl RegisterPages {
 }
 
 impl RegisterPage {
-    /// Shows what the registers hold now.
-    pub fn show(&self, registers: &Registers) {
+    /// Writes what the registers hold now.
+    pub fn publish(&self, registers: &Registers) {
         for (register, value) in registers.readable() {
             self.write(register as usize, &value.to_le_bytes());
         }
     }
 
-    /// Shows the device's configuration space.
-    pub fn show_config(&self, read: impl FnOnce(&mut [u8])) {
+    /// Writes the device's configuration space.
+    pub fn publish_config(&self, read: impl FnOnce(&mut [u8])) {
         let mut config = [0; SIZE - VIRTIO_MMIO_CONFIG as usize];
         read(&mut config);
         self.write(VIRTIO_MMIO_CONFIG as usize, &config);

@@ -28,7 +28,7 @@ const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// "CSSN".
 const VENDOR: u32 = 0x4e53_5343;
-/// Queue sizes and addresses are what a driver may write while it sets up; before and after they stand still.
+/// The status while a driver may write queue sizes and addresses; before and after, they cannot change.
 const SETTING_UP: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
 
 /// What a transport offers for every device.

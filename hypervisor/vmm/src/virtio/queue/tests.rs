@@ -124,12 +124,12 @@ fn the_driver_is_interrupted_where_it_asked_for_it() {
 
 #[test]
 fn malformed_chains_are_told_apart() {
-    assert!(matches!(one(&[raw(0x1000, 1, NEXT, 0)]), Err(QueueError::End(0))), "a loop");
-    assert!(matches!(one(&[raw(0x1000, 1, NEXT, SIZE)]), Err(QueueError::End(0))), "beyond the table");
+    assert!(matches!(one(&[raw(0x1000, 1, NEXT, 0)]), Err(QueueError::Unterminated(0))), "a loop");
+    assert!(matches!(one(&[raw(0x1000, 1, NEXT, SIZE)]), Err(QueueError::Unterminated(0))), "beyond the table");
     let mixed = [raw(0x1000, 1, NEXT | WRITE, 1), raw(0x1000, 1, 0, 0)];
     assert!(matches!(one(&mixed), Err(QueueError::Order(0))));
-    assert!(matches!(one(&[raw(0x1000, 17, INDIRECT, 0)]), Err(QueueError::End(0))), "not whole descriptors");
-    assert!(matches!(one(&[raw(0x1000, 0, INDIRECT, 0)]), Err(QueueError::End(0))), "an empty table");
+    assert!(matches!(one(&[raw(0x1000, 17, INDIRECT, 0)]), Err(QueueError::Unterminated(0))), "not whole descriptors");
+    assert!(matches!(one(&[raw(0x1000, 0, INDIRECT, 0)]), Err(QueueError::Unterminated(0))), "an empty table");
 }
 
 #[test]

@@ -25,7 +25,8 @@
 //!
 //! *Half-close.* SHUTDOWN says that its sender will send no more, receive no more, or both; bits add up. The host's end
 //! of file becomes SHUTDOWN(send), and the guest's SHUTDOWN(send) becomes shutdown(2) of the host socket, but only when
-//! every byte before it was delivered. When the guest has shut both directions it waits for our RST as an acknowledgement.
+//! every byte before it was delivered. When the guest has shut both directions it waits for our RST as an acknowledgement;
+//! when the host has, the guest owes the RST, and is not waited for without end.
 //!
 //! *Credit.* Each side tells in every packet how large its buffer is (`buf_alloc`) and how many bytes left it so far
 //! (`fwd_cnt`, modulo 2^32). The other may have at most `buf_alloc - (sent - fwd_cnt)` further bytes on the way. So
@@ -88,7 +89,7 @@ pub struct Connection {
     received: u32,
     /// Of these, bytes that reached the host socket (or that nobody wants).
     forwarded: u32,
-    /// `forwarded`, as the guest last heard it.
+    /// `forwarded`, as last sent to the guest.
     reported: u32,
 
     /// Size of the guest's buffer, bytes.
@@ -102,8 +103,8 @@ pub struct Connection {
     guest_over: Shutdown,
     /// Directions that are over on the host's side.
     host_over: Shutdown,
-    /// What the guest was told of `host_over`.
-    told: Shutdown,
+    /// `host_over`, as last sent to the guest.
+    reported_over: Shutdown,
 }
 
 impl Connection {
@@ -124,7 +125,7 @@ impl Connection {
             peer_forwarded: 0,
             guest_over: Shutdown::default(),
             host_over: Shutdown::default(),
-            told: Shutdown::default(),
+            reported_over: Shutdown::default(),
         }
     }
 
@@ -184,7 +185,7 @@ impl Connection {
         if self.guest_over.send {
             return Err(Violation::AfterEnd);
         }
-        // What the guest was told, which is never more than there is room for.
+        // As last sent to the guest, which is never more than there is room for.
         let credit = self.window.saturating_sub(self.received.wrapping_sub(self.reported));
         if len > credit {
             return Err(Violation::Credit { len, credit });
@@ -237,10 +238,14 @@ impl Connection {
         self.owes_credit_update |= !self.guest_over.send && news >= self.window.div_ceil(2).max(1);
     }
 
+    /// Whether bytes from the host, or their end, are still to be sent to the guest.
+    pub fn wants_host_data(&self) -> bool {
+        self.phase == Phase::Open && !self.guest_over.receive && !self.host_over.send
+    }
+
     /// How many bytes from the host may be sent to the guest now.
     pub fn sendable(&self) -> u32 {
-        let open = self.phase == Phase::Open && !self.guest_over.receive && !self.host_over.send;
-        if open { self.credit() } else { 0 }
+        if self.wants_host_data() { self.credit() } else { 0 }
     }
 
     /// The header for `len` bytes of data, at most [`Self::sendable`], which are thereby sent.
@@ -259,17 +264,26 @@ impl Connection {
     }
 
     /// The host will receive no more: what is buffered and what may still come is dropped.
-    pub fn host_deaf(&mut self) {
+    pub fn host_read_closed(&mut self) {
         self.host_over.receive = true;
         self.forwarded = self.received;
     }
 
-    /// The time for the guest's answer is over. Without meaning once it has answered.
+    /// The time for the guest's answer is over: to REQUEST, or to the SHUTDOWN of both directions. Without meaning when
+    /// neither is awaited.
     pub fn expire(&mut self) {
         if self.phase == Phase::Requesting {
             // A guest that never saw the REQUEST needs no RST.
             self.end(if self.owes_opening { Phase::Gone } else { Phase::Resetting });
+        } else if self.awaits_reset() {
+            self.end(Phase::Resetting);
         }
+    }
+
+    /// Whether SHUTDOWN of both directions was sent to the guest and it has not answered with RST yet. Linux does so only when its
+    /// program has read everything or closed its socket.
+    pub fn awaits_reset(&self) -> bool {
+        self.phase == Phase::Open && self.reported_over.is_both()
     }
 
     /// Whether the guest's answer is awaited.
@@ -303,7 +317,7 @@ impl Connection {
     }
 
     fn owed(&self) -> Option<Op> {
-        let news = self.host_over.union(self.told) != self.told;
+        let news = self.host_over.union(self.reported_over) != self.reported_over;
         match self.phase {
             Phase::Gone => None,
             Phase::Resetting => Some(Op::Reset),
@@ -324,8 +338,8 @@ impl Connection {
             Op::Reset => self.end(Phase::Gone),
             Op::Request | Op::Response => self.owes_opening = false,
             Op::Shutdown => {
-                self.told = self.host_over;
-                header.flags = self.told.to_flags();
+                self.reported_over = self.host_over;
+                header.flags = self.reported_over.to_flags();
             }
             Op::CreditRequest => self.owes_credit_request = false,
             // The packet itself carries the credit.

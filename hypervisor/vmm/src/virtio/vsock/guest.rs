@@ -13,10 +13,10 @@ use caisson_protos::monitor::{GuestStream, encode};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::{
-    super::{Buffers, Chain, Context, DeviceError, Poll},
-    EVENT, MAX_CHAINS, QUIET_CHAINS, RX, Source, TX, Vsock,
+    super::{Buffers, Chain, Context, DeviceError, Poll, Served, Turn, TurnEnd, serve},
+    EVENT, MAX_BYTES, MAX_CHAINS, QUIET_CHAINS, RX, Restored, Source, TX, Vsock,
     connection::Received,
-    host::{Deaf, HostEnd, Incoming},
+    host::{HostEnd, Incoming, ReadClosed},
     packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM},
     streams::{Ports, StreamId},
 };
@@ -29,45 +29,42 @@ const TRANSPORT_RESET: u32 = 0;
 impl Vsock {
     /// Takes what the guest has sent, and sends what there is for it.
     pub(super) fn take_packets(&mut self, context: &mut Context) -> Result<(), DeviceError> {
-        for _ in 0..MAX_CHAINS {
+        if self.restored.is_some() {
+            return Ok(());
+        }
+        let turn = Turn { chains: MAX_CHAINS, bytes: MAX_BYTES };
+        let end = serve(context, TX, turn, |context, chain| {
             if !self.streams.has_room_for_refusal() {
                 self.send_packets(context)?;
                 if !self.streams.has_room_for_refusal() {
                     // The driver neglects its receive queue: its packets wait until it posts buffers there.
-                    return Ok(());
+                    return Ok(Served::Refused);
                 }
             }
-            let Some(chain) = context.pop(TX)? else {
-                if await_driver(context, TX)? {
-                    continue;
-                }
-                return self.send_packets(context);
-            };
             self.take_packet(&chain.readable, context);
             self.complete_transmitted(context, chain.head)?;
-        }
-        if let Some(queue) = context.queues.get_mut(TX) {
-            queue.call_again();
-        }
-        self.send_packets(context)
+            Ok(Served::Taken)
+        })?;
+        if end == TurnEnd::Refused { Ok(()) } else { self.send_packets(context) }
     }
 
     /// Returns a transmitted chain. An interrupt for it alone would stop the guest, often wake it, and cost it two
-    /// exits, only to let it free a buffer; mostly there is soon one for a packet to it.
+    /// exits, only to let it free a buffer; mostly there is soon one for a packet to it. All queues share one interrupt.
     fn complete_transmitted(&mut self, context: &mut Context, head: u16) -> Result<(), DeviceError> {
         let Some(queue) = context.queues.get_mut(TX) else { return Ok(()) };
         queue.complete_quietly(context.memory, head, 0)?;
         self.quiet_chains += 1;
         match self.quiet_chains {
-            1 => self.timer.fire_at(Instant::now() + self.limits.quiet)?,
+            1 => self.signal_by = Some(Instant::now() + self.limits.quiet),
             QUIET_CHAINS.. => self.signal_transmitted(context),
             _ => {}
         }
         Ok(())
     }
 
-    /// Tells the driver of all transmitted chains.
+    /// Reports all transmitted chains to the driver.
     pub(super) fn signal_transmitted(&mut self, context: &mut Context) {
+        self.signal_by = None;
         if std::mem::take(&mut self.quiet_chains) > 0
             && let Some(queue) = context.queues.get_mut(TX)
         {
@@ -79,7 +76,7 @@ impl Vsock {
         let mut bytes = [0; HEADER_LEN];
         let complete = chain.read(0, &mut bytes).is_ok();
         let header = Header::from_bytes(&bytes);
-        // Nobody could be told of a malformed packet or a false sender.
+        // A malformed packet or one with a false sender cannot be answered.
         if !complete
             || header.src_cid != self.state.guest_cid
             || header.len as usize > chain.len().saturating_sub(HEADER_LEN)
@@ -103,13 +100,13 @@ impl Vsock {
             Ok(Received::Noted) => {}
             Ok(Received::Accepted) => {
                 let line = format!("OK {}\n", stream.ports.host);
-                if stream.host.greet(line.as_bytes()) == Err(Deaf) {
-                    stream.connection.host_deaf();
+                if stream.host.accept(line.as_bytes()) == Err(ReadClosed) {
+                    stream.connection.host_read_closed();
                 }
             }
             Ok(Received::Data(len)) => match stream.host.deliver(chain, HEADER_LEN, len as usize, context.poll) {
                 Ok(taken) => stream.connection.delivered(u32::try_from(taken).unwrap_or(u32::MAX)),
-                Err(Deaf) => stream.connection.host_deaf(),
+                Err(ReadClosed) => stream.connection.host_read_closed(),
             },
             Err(violation) => {
                 *context.guest_faults += 1;
@@ -133,7 +130,7 @@ impl Vsock {
     }
 
     fn try_open_from_guest(&mut self, ports: Ports, request: &Header, poll: &mut dyn Poll) -> io::Result<StreamId> {
-        if self.streams.is_full() {
+        if self.streams.is_full_for_guest() {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
         let host = HostEnd::new(self.announce(ports)?, false, None);
@@ -167,9 +164,12 @@ impl Vsock {
 
     /// Fills the guest's receive buffers with what streams have for it, in turns, until one of the two runs out.
     pub(super) fn send_packets(&mut self, context: &mut Context) -> Result<(), DeviceError> {
-        let mut chains = 0;
+        if self.restored.is_some() {
+            return Ok(());
+        }
+        let (mut chains, mut bytes, mut completed) = (0, 0, false);
         while self.streams.has_turns() {
-            if chains == MAX_CHAINS {
+            if chains == MAX_CHAINS || bytes >= MAX_BYTES {
                 if let Some(queue) = context.queues.get_mut(RX) {
                     queue.call_again();
                 }
@@ -195,7 +195,10 @@ impl Vsock {
                 Some(0)
             };
             match written {
-                Some(written) => context.complete(RX, chain.head, written)?,
+                Some(written) => {
+                    (bytes, completed) = (bytes + written, true);
+                    context.complete(RX, chain.head, written)?;
+                }
                 // Nobody had anything after all.
                 None => {
                     if let Some(queue) = context.queues.get_mut(RX) {
@@ -203,6 +206,9 @@ impl Vsock {
                     }
                 }
             }
+        }
+        if completed {
+            self.signal_transmitted(context);
         }
         Ok(())
     }
@@ -217,15 +223,21 @@ impl Vsock {
             let Some(stream) = self.streams.get_mut(id) else { continue };
             let mut header = stream.connection.next_control();
             let room = (chain.writable.len() - HEADER_LEN).min(stream.connection.sendable() as usize).min(MAX_PAYLOAD);
-            if header.is_none() && stream.host.is_readable() && room > 0 {
-                match stream.host.receive(&chain.writable, HEADER_LEN, room) {
+            if header.is_none() && stream.host.is_readable() && stream.connection.wants_host_data() {
+                let incoming = match room {
+                    // No credit. The end needs none.
+                    0 if stream.host.may_be_at_end() => stream.host.look_for_end(),
+                    0 => Incoming::Nothing,
+                    _ => stream.host.receive(&chain.writable, HEADER_LEN, room),
+                };
+                match incoming {
                     // At most `room`, which fits.
                     Incoming::Bytes(n) => header = Some(stream.connection.data_packet(n as u32)),
                     Incoming::Nothing => {}
                     Incoming::End => {
                         stream.connection.host_finished();
                         if stream.host.is_closed() {
-                            stream.connection.host_deaf();
+                            stream.connection.host_read_closed();
                         }
                         header = stream.connection.next_control();
                     }
@@ -248,9 +260,13 @@ impl Vsock {
         Ok(None)
     }
 
-    /// Tells the guest after a restore that its streams are gone.
+    /// Sends the guest after a restore the event that its streams are gone. Linux does so to every stream that it has when it comes to
+    /// handle the event, so none may be opened before: nothing is taken and nothing sent until it has posted the event's
+    /// buffer again.
     pub(super) fn announce_reset(&mut self, context: &mut Context) -> Result<(), DeviceError> {
         while self.state.owes_transport_reset {
+            let Some(queue) = context.queues.get_mut(EVENT) else { break };
+            let posted = queue.await_advance(context.memory)?;
             let Some(chain) = context.pop(EVENT)? else {
                 if await_driver(context, EVENT)? {
                     continue;
@@ -260,6 +276,7 @@ impl Vsock {
             let event = TRANSPORT_RESET.to_le_bytes();
             let written = if chain.writable.write(0, &event).is_ok() {
                 self.state.owes_transport_reset = false;
+                self.restored = self.restored.take().map(|restored| Restored { posted: Some(posted), ..restored });
                 event.len()
             } else {
                 *context.guest_faults += 1;
@@ -267,7 +284,15 @@ impl Vsock {
             };
             context.complete(EVENT, chain.head, written)?;
         }
-        Ok(())
+        let Some(Restored { posted: Some(posted), .. }) = self.restored else { return Ok(()) };
+        let Some(queue) = context.queues.get_mut(EVENT) else { return Ok(()) };
+        if queue.await_advance(context.memory)? != posted { self.go_on(context) } else { Ok(()) }
+    }
+
+    /// The guest has reset its streams, or has had time enough for it: new ones may come.
+    pub(super) fn go_on(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        self.restored = None;
+        self.take_packets(context)
     }
 }
 

@@ -1,10 +1,12 @@
-//! The host's door to the guest: a listening Unix socket, and the clients that have not yet said where they want to go.
+//! The listening Unix socket for streams to the guest, and the clients that have not finished their CONNECT line.
 //!
 //! ```text
 //!   client:  connect(2)   "CONNECT 1024\n"  ……………………………… "OK 1073741824\n"   or end of file: refused
 //!                │               │                              ▲
 //!   monitor:   accept        read the line ── REQUEST ─► guest ─┘ RESPONSE
 //! ```
+//!
+//! A client that closes its socket before it has read the answer has given up: its stream is reset, whatever it sent.
 //!
 //! The line is looked at without being taken from the socket until it is complete, so nothing of it is stored here,
 //! and what the client sends right behind it stays where the stream will read it. A client has to be quick: when
@@ -23,7 +25,11 @@ use rustix::{
     net::{RecvFlags, SocketFlags},
 };
 
-use super::{super::Poll, Source, host::READ_EVENTS};
+use super::{
+    super::Poll,
+    Source,
+    host::{READ_EVENTS, discard_unread},
+};
 
 /// Clients accepted in one go.
 const MAX_ACCEPTS: usize = 32;
@@ -31,7 +37,7 @@ const MAX_ACCEPTS: usize = 32;
 const MAX_LINE: usize = "CONNECT 4294967295\n".len();
 const VERB: &[u8] = b"CONNECT ";
 
-/// What a client has said so far.
+/// What a client has sent so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Line {
     /// Not enough, but nothing wrong.
@@ -92,6 +98,8 @@ pub struct Listener {
     limit: usize,
     next_number: u32,
     watched: bool,
+    /// Not watched before this time, because the process had no descriptor for another client.
+    rests_until: Option<Instant>,
 }
 
 impl Listener {
@@ -101,14 +109,18 @@ impl Listener {
     /// If it cannot be made non-blocking.
     pub fn new(socket: OwnedFd, limit: usize) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(Self { socket, greetings: VecDeque::new(), limit, next_number: 0, watched: false })
+        Ok(Self { socket, greetings: VecDeque::new(), limit, next_number: 0, watched: false, rests_until: None })
     }
 
-    /// Begins to listen, if it does not.
+    /// Begins to listen, if it does not and does not rest.
     ///
     /// # Errors
     /// The system call's.
-    pub fn watch(&mut self, poll: &mut dyn Poll) -> io::Result<()> {
+    pub fn watch(&mut self, now: Instant, poll: &mut dyn Poll) -> io::Result<()> {
+        if self.rests_until.is_some_and(|until| now < until) {
+            return Ok(());
+        }
+        self.rests_until = None;
         if !self.watched {
             poll.add(self.socket.as_raw_fd(), Source::Listener.token(), EventSet::IN)?;
             self.watched = true;
@@ -116,8 +128,18 @@ impl Listener {
         Ok(())
     }
 
-    /// Stops to listen; clients wait in the kernel.
-    pub fn rest(&mut self, poll: &mut dyn Poll) {
+    /// Does not listen before `until`; clients wait in the kernel.
+    pub fn rest(&mut self, until: Instant, poll: &mut dyn Poll) {
+        self.rests_until = Some(until);
+        self.unwatch(poll);
+    }
+
+    /// When it wants to listen again.
+    pub fn rests_until(&self) -> Option<Instant> {
+        self.rests_until
+    }
+
+    fn unwatch(&mut self, poll: &mut dyn Poll) {
         if std::mem::take(&mut self.watched) {
             poll.remove(self.socket.as_raw_fd());
         }
@@ -125,7 +147,8 @@ impl Listener {
 
     /// Stops to listen and drops the unfinished clients.
     pub fn reset(&mut self, poll: &mut dyn Poll) {
-        self.rest(poll);
+        self.rests_until = None;
+        self.unwatch(poll);
         for greeting in std::mem::take(&mut self.greetings) {
             poll.remove(greeting.socket.as_raw_fd());
         }
@@ -149,8 +172,13 @@ impl Listener {
             };
             match take_line(socket.as_fd()) {
                 Line::Connect { port, .. } => callers.push(Caller { socket, port, watched: false }),
-                Line::Partial => self.greet(socket, deadline, poll)?,
-                Line::Malformed => {}
+                Line::Partial => match self.greet(socket, deadline, poll) {
+                    Ok(()) => {}
+                    // As above. The client itself is lost: it cannot be watched.
+                    Err(_) if !callers.is_empty() => break,
+                    Err(error) => return Err(error),
+                },
+                Line::Malformed => discard_unread(&socket),
             }
         }
         Ok(callers)
@@ -159,19 +187,20 @@ impl Listener {
     fn greet(&mut self, socket: OwnedFd, deadline: Instant, poll: &mut dyn Poll) -> io::Result<()> {
         let number = self.next_number;
         self.next_number = Source::next_greeting(number);
-        poll.add(socket.as_raw_fd(), Source::Greeting(number).token(), READ_EVENTS)?;
+        poll.add(socket.as_raw_fd(), Source::Greeting(number).token(), READ_EVENTS)
+            .inspect_err(|_| discard_unread(&socket))?;
         self.greetings.push_back(Greeting { number, socket, deadline });
         if self.greetings.len() > self.limit
             && let Some(oldest) = self.greetings.pop_front()
         {
-            poll.remove(oldest.socket.as_raw_fd());
+            refuse(&oldest, poll);
         }
         Ok(())
     }
 
-    /// Looks what the client of a greeting has said; gives it out if its line is complete. `ended` says that it will
+    /// Reads the line of a greeting's client; gives it out if the line is complete. `ended` says that it will
     /// send no more.
-    pub fn hear(&mut self, number: u32, ended: bool, poll: &mut dyn Poll) -> Option<Caller> {
+    pub fn read_line(&mut self, number: u32, ended: bool, poll: &mut dyn Poll) -> Option<Caller> {
         let index = self.greetings.iter().position(|greeting| greeting.number == number)?;
         let line = self.greetings.get(index).map(|greeting| take_line(greeting.socket.as_fd()))?;
         if line == Line::Partial && !ended {
@@ -181,7 +210,7 @@ impl Listener {
         match line {
             Line::Connect { port, .. } => Some(Caller { socket: greeting.socket, port, watched: true }),
             Line::Partial | Line::Malformed => {
-                poll.remove(greeting.socket.as_raw_fd());
+                refuse(&greeting, poll);
                 None
             }
         }
@@ -193,11 +222,17 @@ impl Listener {
             if oldest.deadline > now {
                 return Some(oldest.deadline);
             }
-            poll.remove(oldest.socket.as_raw_fd());
+            refuse(oldest, poll);
             self.greetings.pop_front();
         }
         None
     }
+}
+
+/// Before a greeting is dropped.
+fn refuse(greeting: &Greeting, poll: &mut dyn Poll) {
+    poll.remove(greeting.socket.as_raw_fd());
+    discard_unread(&greeting.socket);
 }
 
 /// Takes a complete line out of the socket, and nothing else.

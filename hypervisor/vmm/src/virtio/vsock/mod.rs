@@ -9,9 +9,10 @@
 //!   sockets ◄─► host.rs                                               ────► queue 2 (event)
 //! ```
 //!
-//! Bytes are copied once in each direction, by the kernel, between a socket and guest memory. Everything that a call
-//! brings about is done within it: a REQUEST is answered, data is passed on and credit is returned before the transport
-//! looks whether an interrupt is due.
+//! Bytes are copied once in each direction, by the kernel, between a socket and guest memory; those that a socket does not take at
+//! once wait here and are copied twice more. Everything that a call brings about is done within it: a REQUEST is answered,
+//! data is passed on and credit is returned before the transport looks whether an interrupt is due. Whatever changes a
+//! stream ends in [`Vsock::settle`].
 //!
 //! When the guest has posted no buffer in its receive queue, nothing is read from the host (sockets are watched
 //! edge-triggered, so they do not wake the device either), and only then the driver is asked to notify when it has posted one.
@@ -25,6 +26,7 @@ use std::{
 };
 
 use event_manager::EventSet;
+use rustix::process::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 use slog::Logger;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -49,35 +51,64 @@ const TX: usize = 1;
 const EVENT: usize = 2;
 /// Chains handled in one call before others on the device thread have their turn.
 const MAX_CHAINS: usize = 256;
-/// The driver only frees what it has transmitted, so it is told of so many chains together.
+/// The same in bytes: some 100 us of copying.
+const MAX_BYTES: usize = 1 << 20;
+/// The driver only frees what it has transmitted, hence so many chains are reported to it together.
 const QUIET_CHAINS: u16 = 32;
 /// How long the listener rests when the process has no descriptor for another client.
 const LISTENER_REST: Duration = Duration::from_millis(100);
+/// Descriptors of the process that streams leave for everything else.
+const SPARE_DESCRIPTORS: u64 = 256;
 
 /// Bounds of the device.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     /// Streams, in both directions together.
     streams: usize,
+    /// Of these, streams that the guest opened.
+    guest_streams: usize,
     /// Host clients that have not finished their CONNECT line.
     greetings: usize,
     /// Time for a host client's line, and then for the guest's answer to it.
     handshake: Duration,
-    /// After this time the driver is told of transmitted chains, however few.
+    /// Time for the guest's answer to the end of both directions (Linux' own for it is the same, VSOCK_CLOSE_TIMEOUT).
+    close: Duration,
+    /// After this time transmitted chains are reported to the driver, however few. It needs to know only to free memory.
     quiet: Duration,
+    /// Time for a restored guest to reset its streams.
+    restore: Duration,
 }
 
-const LIMITS: Limits =
-    Limits { streams: 1024, greetings: 128, handshake: Duration::from_secs(30), quiet: Duration::from_millis(5) };
+impl Limits {
+    /// The bounds of a process that may open so many descriptors: each stream and each greeting takes one.
+    fn within(descriptors: u64) -> Self {
+        let greetings = 128;
+        let streams = descriptors.saturating_sub(SPARE_DESCRIPTORS + greetings).clamp(64, 1024) as usize;
+        Self {
+            streams,
+            guest_streams: streams / 4 * 3,
+            greetings: greetings as usize,
+            handshake: Duration::from_secs(30),
+            close: Duration::from_secs(8),
+            quiet: Duration::from_secs(1),
+            restore: Duration::from_secs(1),
+        }
+    }
 
-/// What of the device survives a save. Streams do not: the guest is told to reset them when the machine goes on.
+    /// The bounds of this process.
+    fn of_process() -> Self {
+        Self::within(getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX))
+    }
+}
+
+/// What of the device survives a save. Streams do not: an event makes the guest reset them when the machine goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
     /// The guest's context id.
     guest_cid: u64,
     /// Where the search for the next host port begins.
     next_host_port: u32,
-    /// The guest was not told yet that all its streams are gone.
+    /// The event that resets all streams was not delivered to the guest yet.
     owes_transport_reset: bool,
 }
 
@@ -91,10 +122,26 @@ pub struct Vsock {
     timer: Timer,
     /// The driver was asked to notify when it posts a receive buffer.
     awaits_buffers: bool,
-    /// Transmitted chains that the driver was not told of.
+    /// Transmitted chains that were not reported to the driver.
     quiet_chains: u16,
+    /// When it has to be.
+    signal_by: Option<Instant>,
+    /// While set, the guest was restored and has not reset its streams.
+    restored: Option<Restored>,
+    /// The next deadline of a stream or a greeting, or before.
+    next_expiry: Option<Instant>,
+    accept_failures: u64,
     limits: Limits,
     log: Logger,
+}
+
+/// A guest that has to reset the streams from before its save.
+#[derive(Debug)]
+struct Restored {
+    /// It is not waited for longer.
+    until: Instant,
+    /// The driver's index of the event queue when the event was delivered: beyond it, the guest has handled the event.
+    posted: Option<u16>,
 }
 
 impl Vsock {
@@ -106,7 +153,7 @@ impl Vsock {
     /// If a socket cannot be made non-blocking, or no timer can be had.
     pub fn new(guest_cid: u64, listener: OwnedFd, guest_streams: OwnedFd, log: Logger) -> io::Result<Self> {
         let state = VsockState { guest_cid, next_host_port: streams::FIRST_HOST_PORT, owes_transport_reset: false };
-        Self::with_limits(state, listener, guest_streams, log, LIMITS)
+        Self::with_limits(state, listener, guest_streams, log, Limits::of_process())
     }
 
     /// The device of a saved machine. As soon as it is activated, it tells the guest that all streams are gone.
@@ -115,7 +162,7 @@ impl Vsock {
     /// As [`Self::new`].
     pub fn restore(saved: &VsockState, listener: OwnedFd, guest_streams: OwnedFd, log: Logger) -> io::Result<Self> {
         let state = VsockState { owes_transport_reset: true, ..saved.clone() };
-        Self::with_limits(state, listener, guest_streams, log, LIMITS)
+        Self::with_limits(state, listener, guest_streams, log, Limits::of_process())
     }
 
     fn with_limits(
@@ -128,10 +175,14 @@ impl Vsock {
         Ok(Self {
             listener: Listener::new(listener, limits.greetings)?,
             guest_streams,
-            streams: Streams::new(limits.streams, state.next_host_port),
+            streams: Streams::new(limits.streams, limits.guest_streams, state.next_host_port),
             timer: Timer::new()?,
             awaits_buffers: false,
             quiet_chains: 0,
+            signal_by: None,
+            restored: None,
+            next_expiry: None,
+            accept_failures: 0,
             state,
             limits,
             log,
@@ -143,20 +194,22 @@ impl Vsock {
         VsockState { next_host_port: self.streams.next_host_port(), ..self.state.clone() }
     }
 
-    fn accept(&mut self, poll: &mut dyn Poll) -> Result<(), DeviceError> {
+    fn accept(&mut self, poll: &mut dyn Poll) {
         let deadline = Instant::now() + self.limits.handshake;
         match self.listener.accept(deadline, poll) {
             Ok(callers) => {
-                self.timer.fire_at(deadline)?;
+                self.expires_at(deadline);
                 callers.into_iter().for_each(|caller| self.request(caller, poll));
             }
             Err(error) => {
-                slog::warn!(self.log, "cannot accept a vsock client, trying again"; "error" => %error);
-                self.listener.rest(poll);
-                self.timer.fire_at(Instant::now() + LISTENER_REST)?;
+                self.accept_failures += 1;
+                if self.accept_failures.is_power_of_two() {
+                    slog::warn!(self.log, "cannot accept a vsock client, trying again"; "error" => %error,
+                        "so_far" => self.accept_failures);
+                }
+                self.listener.rest(Instant::now() + LISTENER_REST, poll);
             }
         }
-        Ok(())
     }
 
     /// Requests a client's stream from the guest.
@@ -185,13 +238,17 @@ impl Vsock {
             match stream.host.flush(poll) {
                 // Bounded by the window.
                 Ok(taken) => stream.connection.delivered(u32::try_from(taken).unwrap_or(u32::MAX)),
-                Err(host::Deaf) => stream.connection.host_deaf(),
+                Err(host::ReadClosed) => stream.connection.host_read_closed(),
             }
         }
-        // What is still to be read goes to the guest first; the end of it says then that the host is deaf, too.
+        if stream.host.is_closed() && stream.connection.is_requesting() {
+            // Nobody waits for the answer any more.
+            stream.connection.expire();
+        }
+        // What is still to be read goes to the guest first; its end then says that the host does not read any more, too.
         if stream.host.is_closed() && (stream.host.has_spill() || stream.connection.host_to_guest_over()) {
             stream.host.drop_spill();
-            stream.connection.host_deaf();
+            stream.connection.host_read_closed();
         }
         self.settle(id, poll);
     }
@@ -207,38 +264,66 @@ impl Vsock {
             (false, false) => {}
         }
         let (gone, over) = (connection.is_gone(), connection.is_over());
-        let has_packet = connection.owes_control() || (host.is_readable() && connection.sendable() > 0);
+        let has_data = host.is_readable() && connection.wants_host_data();
+        let has_packet = connection.owes_control() || (has_data && (connection.sendable() > 0 || host.may_be_at_end()));
+        if connection.awaits_reset() && host.deadline.is_none() {
+            let deadline = Instant::now() + self.limits.close;
+            host.deadline = Some(deadline);
+            self.expires_at(deadline);
+        }
         if over {
             self.streams.remove(id);
         } else if gone {
             self.streams.forget_ports(id);
         } else if has_packet {
-            self.streams.line_up(id);
+            self.streams.enqueue(id);
         }
     }
 
-    /// Ends what has waited for too long.
-    fn expire(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+    /// Something has to be ended at that time.
+    fn expires_at(&mut self, deadline: Instant) {
+        self.next_expiry = Some(self.next_expiry.map_or(deadline, |next| next.min(deadline)));
+    }
+
+    fn timer_fired(&mut self, context: &mut Context) -> Result<(), DeviceError> {
         self.timer.fired();
-        self.signal_transmitted(context);
-        let poll = &mut *context.poll;
-        self.listener.watch(poll).map_err(|source| DeviceError::Host { what: "watch the vsock listener", source })?;
         let now = Instant::now();
-        let mut next = self.listener.expire(now, poll);
+        let due = |time: Option<Instant>| time.is_some_and(|time| time <= now);
+        if due(self.signal_by) {
+            self.signal_transmitted(context);
+        }
+        if due(self.restored.as_ref().map(|restored| restored.until)) {
+            self.go_on(context)?;
+        }
+        if due(self.next_expiry) {
+            self.expire(now, context.poll);
+        }
+        self.listener
+            .watch(now, context.poll)
+            .map_err(|source| DeviceError::Host { what: "watch the vsock listener", source })
+    }
+
+    /// Ends what has waited for too long.
+    fn expire(&mut self, now: Instant, poll: &mut dyn Poll) {
+        self.next_expiry = self.listener.expire(now, poll);
         for id in self.streams.ids() {
             let Some(stream) = self.streams.get_mut(id) else { continue };
-            let Some(deadline) = stream.host.deadline.filter(|_| stream.connection.is_requesting()) else { continue };
+            let Some(deadline) = stream.host.deadline else { continue };
             if deadline <= now {
                 stream.connection.expire();
+                stream.host.deadline = None;
                 self.settle(id, poll);
             } else {
-                next = Some(next.map_or(deadline, |next| next.min(deadline)));
+                self.expires_at(deadline);
             }
         }
-        match next {
-            Some(deadline) => self.timer.fire_at(deadline),
-            None => Ok(()),
-        }
+    }
+
+    /// Sees to it that the timer fires for the next of all deadlines.
+    fn arm_timer(&mut self) -> Result<(), DeviceError> {
+        let restored = self.restored.as_ref().map(|restored| restored.until);
+        let times = [self.signal_by, restored, self.next_expiry, self.listener.rests_until()];
+        times.into_iter().flatten().min().map_or(Ok(()), |time| self.timer.fire_at(time))
     }
 }
 
@@ -255,31 +340,36 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.state.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, context: &mut Context) -> Result<(), DeviceError> {
         self.awaits_buffers = true;
-        self.quiet_chains = 0;
+        (self.quiet_chains, self.signal_by) = (0, None);
+        if self.state.owes_transport_reset {
+            self.restored = Some(Restored { until: Instant::now() + self.limits.restore, posted: None });
+            // Of what was transmitted before the save the driver may not know.
+            if let Some(queue) = context.queues.get_mut(TX) {
+                queue.signal_always();
+            }
+        }
         self.listener
-            .watch(context.poll)
+            .watch(Instant::now(), context.poll)
             .and_then(|()| context.poll.add(self.timer.fd(), Source::Timer.token(), EventSet::IN))
             .map_err(|source| DeviceError::Host { what: "watch the vsock device's descriptors", source })?;
         self.announce_reset(context)?;
-        self.take_packets(context)
+        self.take_packets(context)?;
+        self.arm_timer()
     }
 
     fn queue_ready(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
         match queue {
-            EVENT => self.announce_reset(context),
+            EVENT => self.announce_reset(context)?,
             // Packets of the guest may have waited until their refusals could be sent.
-            _ => self.take_packets(context),
+            _ => self.take_packets(context)?,
         }
+        self.arm_timer()
     }
 
     fn descriptor_ready(
@@ -289,17 +379,18 @@ impl VirtioDevice for Vsock {
         events: EventSet,
     ) -> Result<(), DeviceError> {
         match Source::from_token(token) {
-            Source::Listener => self.accept(context.poll)?,
-            Source::Timer => self.expire(context)?,
+            Source::Listener => self.accept(context.poll),
+            Source::Timer => self.timer_fired(context)?,
             Source::Greeting(number) => {
                 let ended = events.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
-                if let Some(caller) = self.listener.hear(number, ended, context.poll) {
+                if let Some(caller) = self.listener.read_line(number, ended, context.poll) {
                     self.request(caller, context.poll);
                 }
             }
             Source::Stream(id) => self.stream_ready(id, events, context.poll),
         }
-        self.send_packets(context)
+        self.send_packets(context)?;
+        self.arm_timer()
     }
 
     fn open_streams(&self) -> u32 {
@@ -315,6 +406,7 @@ impl VirtioDevice for Vsock {
         self.streams.clear().iter_mut().for_each(|host| host.close(poll));
         poll.remove(self.timer.fd());
         self.timer.fired();
+        (self.signal_by, self.restored, self.next_expiry) = (None, None, None);
         // A driver that starts anew has no streams.
         self.state.owes_transport_reset = false;
     }

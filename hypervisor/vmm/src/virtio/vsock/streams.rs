@@ -8,7 +8,8 @@
 //! *Fairness.* A stream that has something for the guest waits in one line, once. At its turn it sends one packet and
 //! goes to the end of the line if it has more: no stream can starve another, however much it has to say.
 //!
-//! *Bounds.* The number of streams is limited, and so is the sum of the buffers that they announce: the first streams get
+//! *Bounds.* The number of streams is limited (and more so for those that the guest opens: it must not be able to take the
+//! last place from the host's own clients), and so is the sum of the buffers that they announce: the first streams get
 //! large windows, later ones small windows. What a stream owes the guest besides data is kept as flags in its connection. Only
 //! refusals of packets that belong to no stream are queued; when that queue is full, the device stops to take packets.
 
@@ -76,7 +77,8 @@ pub struct Stream<H> {
     /// Its host end.
     pub host: H,
     window: u32,
-    in_line: bool,
+    from_guest: bool,
+    is_queued: bool,
 }
 
 #[derive(Debug)]
@@ -94,13 +96,15 @@ pub struct Streams<H> {
     turns: VecDeque<StreamId>,
     refusals: VecDeque<Header>,
     limit: usize,
+    guest_limit: usize,
+    from_guest: usize,
     promised: u64,
     next_host_port: u32,
 }
 
 impl<H> Streams<H> {
-    /// An empty table of at most `limit` streams (up to 4096).
-    pub fn new(limit: usize, next_host_port: u32) -> Self {
+    /// An empty table of at most `limit` streams (up to 4096), of which the guest may open `guest_limit`.
+    pub fn new(limit: usize, guest_limit: usize, next_host_port: u32) -> Self {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
@@ -108,6 +112,8 @@ impl<H> Streams<H> {
             turns: VecDeque::new(),
             refusals: VecDeque::new(),
             limit: limit.min(1 << StreamId::SLOT_BITS),
+            guest_limit,
+            from_guest: 0,
             promised: 0,
             next_host_port: next_host_port.max(FIRST_HOST_PORT),
         }
@@ -118,9 +124,13 @@ impl<H> Streams<H> {
         self.slots.len() - self.free.len()
     }
 
-    /// Whether another stream would be refused.
-    pub fn is_full(&self) -> bool {
+    fn is_full(&self) -> bool {
         self.len() >= self.limit
+    }
+
+    /// Whether another stream of the guest would be refused.
+    pub fn is_full_for_guest(&self) -> bool {
+        self.is_full() || self.from_guest >= self.guest_limit
     }
 
     /// The port from which the search for the next host port begins.
@@ -144,16 +154,19 @@ impl<H> Streams<H> {
             }
         };
         let window = self.window();
-        self.insert(ports, Connection::from_host(window), window, host)
+        self.insert(ports, Connection::from_host(window), window, host, false)
     }
 
     /// Adds the stream that the guest opened by `request` under `ports`.
     ///
     /// # Errors
-    /// Gives the host end back when the table is full or knows these ports.
+    /// Gives the host end back when the table is full for guests or knows these ports.
     pub fn open_from_guest(&mut self, ports: Ports, request: &Header, host: H) -> Result<StreamId, H> {
+        if self.is_full_for_guest() {
+            return Err(host);
+        }
         let window = self.window();
-        self.insert(ports, Connection::from_guest(window, request), window, host)
+        self.insert(ports, Connection::from_guest(window, request), window, host, true)
     }
 
     /// A host client learns its port as the name of its stream: no two live streams share it, even with different guest ports.
@@ -165,7 +178,14 @@ impl<H> Streams<H> {
         if self.promised + u64::from(LARGE_WINDOW) <= LARGE_WINDOWS { LARGE_WINDOW } else { SMALL_WINDOW }
     }
 
-    fn insert(&mut self, ports: Ports, connection: Connection, window: u32, host: H) -> Result<StreamId, H> {
+    fn insert(
+        &mut self,
+        ports: Ports,
+        connection: Connection,
+        window: u32,
+        host: H,
+        from_guest: bool,
+    ) -> Result<StreamId, H> {
         if self.is_full() || self.by_ports.contains_key(&ports) {
             return Err(host);
         }
@@ -175,8 +195,9 @@ impl<H> Streams<H> {
             self.slots.len() - 1
         });
         let Some(slot) = self.slots.get_mut(index) else { return Err(host) };
-        slot.stream = Some(Stream { ports, connection, host, window, in_line: false });
+        slot.stream = Some(Stream { ports, connection, host, window, from_guest, is_queued: false });
         self.by_ports.insert(ports, slot.id);
+        self.from_guest += usize::from(from_guest);
         self.promised += u64::from(window);
         Ok(slot.id)
     }
@@ -208,7 +229,8 @@ impl<H> Streams<H> {
         slot.id = slot.id.next_generation();
         self.free.push(id.slot());
         self.promised -= u64::from(stream.window);
-        if stream.in_line {
+        self.from_guest -= usize::from(stream.from_guest);
+        if stream.is_queued {
             self.turns.retain(|waiting| *waiting != id);
         }
         Some(stream.host)
@@ -225,9 +247,9 @@ impl<H> Streams<H> {
     }
 
     /// Puts a stream into the line of those that have something for the guest, if it does not stand there.
-    pub fn line_up(&mut self, id: StreamId) {
+    pub fn enqueue(&mut self, id: StreamId) {
         if let Some(stream) = self.get_mut(id)
-            && !std::mem::replace(&mut stream.in_line, true)
+            && !std::mem::replace(&mut stream.is_queued, true)
         {
             self.turns.push_back(id);
         }
@@ -237,7 +259,7 @@ impl<H> Streams<H> {
     pub fn next_turn(&mut self) -> Option<StreamId> {
         let id = self.turns.pop_front()?;
         if let Some(stream) = self.get_mut(id) {
-            stream.in_line = false;
+            stream.is_queued = false;
         }
         Some(id)
     }

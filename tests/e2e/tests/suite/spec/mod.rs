@@ -7,6 +7,7 @@
 mod devices;
 mod hooks;
 mod limits;
+mod mapped_ids;
 mod mounts;
 mod namespaces;
 mod process;

@@ -65,6 +65,16 @@ fn a_refused_or_late_request_ends() {
     let mut accepted = open();
     accepted.expire();
     assert_eq!(accepted.sendable(), 500);
+
+    let mut finished = open();
+    finished.host_finished();
+    finished.host_read_closed();
+    finished.expire();
+    assert_eq!(due(&mut finished), [Op::Shutdown], "it was not sent before");
+    assert!(finished.awaits_reset());
+    finished.expire();
+    assert_eq!(due(&mut finished), [Op::Reset]);
+    assert!(finished.is_over());
 }
 
 #[test]
@@ -154,14 +164,14 @@ fn both_ends_over_is_acknowledged_by_a_reset() {
 }
 
 #[test]
-fn the_hosts_end_is_told_once_and_grows() {
+fn the_hosts_end_is_sent_once_and_grows() {
     let mut connection = open();
     connection.host_finished();
     let shutdown = connection.next_control().unwrap();
     assert_eq!((shutdown.op, shutdown.flags), (Op::Shutdown as u16, 2));
     connection.host_finished();
     assert!(!connection.owes_control());
-    connection.host_deaf();
+    connection.host_read_closed();
     assert_eq!(connection.next_control().unwrap().flags, 3);
     assert_eq!(connection.receive(&data(5)), Ok(Received::Noted), "on its way before the guest knew");
     assert_eq!((connection.buffered(), connection.owes_control()), (0, false));
@@ -176,7 +186,7 @@ enum Step {
     Send(u32),
     Control,
     Finish,
-    Deafen,
+    ReadClosed,
     Expire,
 }
 
@@ -195,7 +205,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => any::<u32>().prop_map(Step::Send),
         4 => Just(Step::Control),
         1 => Just(Step::Finish),
-        1 => Just(Step::Deafen),
+        1 => Just(Step::ReadClosed),
         1 => Just(Step::Expire),
     ]
 }
@@ -206,7 +216,7 @@ struct Observer {
     guest_reset: bool,
     guest_finished: bool,
     was_reset: bool,
-    told: Shutdown,
+    reported_over: Shutdown,
     openings: u32,
     /// Totals, not modulo anything.
     received: u64,
@@ -231,11 +241,15 @@ impl Observer {
             Op::Reset => self.was_reset = true,
             Op::Shutdown => {
                 let now = Shutdown::from_flags(header.flags);
-                assert!(now != self.told && now.union(self.told) == now, "{now:?} after {:?}", self.told);
-                self.told = now;
+                assert!(
+                    now != self.reported_over && now.union(self.reported_over) == now,
+                    "{now:?} after {:?}",
+                    self.reported_over
+                );
+                self.reported_over = now;
             }
             Op::Data => {
-                assert!(!self.told.send, "data after SHUTDOWN(send)");
+                assert!(!self.reported_over.send, "data after SHUTDOWN(send)");
                 self.sent += u64::from(header.len);
             }
             Op::CreditUpdate | Op::CreditRequest => {}
@@ -294,7 +308,7 @@ fn run(mut connection: Connection, mut observer: Observer, steps: &[Step]) {
             }
             Step::Control => due_all(&mut connection, &mut observer),
             Step::Finish => connection.host_finished(),
-            Step::Deafen => connection.host_deaf(),
+            Step::ReadClosed => connection.host_read_closed(),
             Step::Expire => connection.expire(),
         }
         assert!(connection.buffered() <= WINDOW, "more is kept than the window");

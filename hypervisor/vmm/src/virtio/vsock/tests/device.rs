@@ -489,7 +489,7 @@ fn the_table_is_bounded_for_both_sides() {
 }
 
 #[test]
-fn a_restored_guest_is_told_that_its_streams_are_gone() {
+fn a_restored_guest_gets_the_event_that_its_streams_are_gone() {
     let state = Driver::new(limits()).device.save();
     let bytes = caisson_protos::monitor::encode(&state).unwrap();
     let state = VsockState { owes_transport_reset: true, ..caisson_protos::monitor::decode(&bytes).unwrap() };

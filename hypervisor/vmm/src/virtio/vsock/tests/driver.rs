@@ -74,13 +74,16 @@ fn raise_descriptor_limit() {
 
 /// Bounds that no test meets by accident.
 pub fn limits() -> Limits {
-    Limits { streams: 1024, greetings: 8, handshake: Duration::from_secs(120), quiet: Duration::from_secs(120) }
+    let long = Duration::from_secs(120);
+    Limits { greetings: 8, handshake: long, close: long, quiet: long, restore: long, ..Limits::within(4096) }
 }
 
 #[derive(Debug)]
 pub struct TestPoll {
     epoll: Epoll,
     pub watched: HashMap<RawFd, PollToken>,
+    /// So many of the next calls of `add` fail, as on a host where a user's epoll watches are used up.
+    pub refused_adds: usize,
 }
 
 impl TestPoll {
@@ -91,6 +94,10 @@ impl TestPoll {
 
 impl Poll for TestPoll {
     fn add(&mut self, fd: RawFd, token: PollToken, events: EventSet) -> io::Result<()> {
+        if self.refused_adds > 0 {
+            self.refused_adds -= 1;
+            return Err(Errno::NOSPC.into());
+        }
         self.ctl(ControlOperation::Add, fd, token, events)?;
         self.watched.insert(fd, token);
         Ok(())
@@ -139,6 +146,12 @@ impl Driver {
     }
 
     pub fn with_listener(state: VsockState, limits: Limits, directory: TempDir, listener: OwnedFd) -> Self {
+        let mut driver = Self::inactive(state, limits, directory, listener);
+        driver.activate();
+        driver
+    }
+
+    fn inactive(state: VsockState, limits: Limits, directory: TempDir, listener: OwnedFd) -> Self {
         let path = directory.path().join("vsock");
         let flags = SocketFlags::CLOEXEC;
         let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
@@ -159,8 +172,8 @@ impl Driver {
                 queue
             })
             .collect();
-        let poll = TestPoll { epoll: Epoll::new().unwrap(), watched: HashMap::new() };
-        let mut driver = Self {
+        let poll = TestPoll { epoll: Epoll::new().unwrap(), watched: HashMap::new(), refused_adds: 0 };
+        Self {
             device,
             memory,
             queues,
@@ -173,7 +186,21 @@ impl Driver {
             parent: Some(far),
             _directory: directory,
             interrupts: 0,
-        };
+        }
+    }
+
+    /// Saves the machine and restores it: another device over the same memory and rings, and new sockets.
+    pub fn restored(self, limits: Limits) -> Self {
+        let state = VsockState { owes_transport_reset: true, ..self.device.save() };
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("vsock")).unwrap();
+        let mut driver = Self::inactive(state, limits, directory, listener.into());
+        for (queue, saved) in driver.queues.iter_mut().zip(&self.queues) {
+            queue.registers_mut().set_next_avail(saved.registers().next_avail());
+            queue.registers_mut().set_next_used(saved.registers().next_used());
+        }
+        (driver.memory, driver.available, driver.used) = (self.memory, self.available, self.used);
+        driver.free_tx = self.free_tx;
         driver.activate();
         driver
     }

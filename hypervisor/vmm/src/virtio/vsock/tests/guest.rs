@@ -31,7 +31,7 @@ pub struct Socket {
     pub outbox: Vec<u8>,
     /// To be told the host when the outbox is empty.
     pub closing: Shutdown,
-    told: Shutdown,
+    reported_over: Shutdown,
     received: u32,
     forwarded: u32,
     reported: u32,
@@ -202,9 +202,9 @@ impl Guest {
                 self.take();
                 continue;
             }
-            if socket.outbox.is_empty() && socket.closing.union(socket.told) != socket.told {
-                socket.told = socket.closing;
-                let flags = socket.told.to_flags();
+            if socket.outbox.is_empty() && socket.closing.union(socket.reported_over) != socket.reported_over {
+                socket.reported_over = socket.closing;
+                let flags = socket.reported_over.to_flags();
                 self.say(ports, Op::Shutdown, flags, &[]);
                 self.take();
             }

@@ -15,7 +15,7 @@ enum Step {
     FromGuest(Ports),
     Remove(usize),
     Forget(usize),
-    LineUp(usize),
+    Enqueue(usize),
     Turn,
     Refuse,
 }
@@ -27,7 +27,7 @@ fn step() -> impl Strategy<Value = Step> {
         ports.prop_map(|(host, guest)| Step::FromGuest(Ports { host, guest })),
         (0..20usize).prop_map(Step::Remove),
         (0..20usize).prop_map(Step::Forget),
-        (0..20usize).prop_map(Step::LineUp),
+        (0..20usize).prop_map(Step::Enqueue),
         Just(Step::Turn),
         Just(Step::Refuse),
     ]
@@ -35,20 +35,20 @@ fn step() -> impl Strategy<Value = Step> {
 
 #[test]
 fn turns_go_round() {
-    let mut streams = Streams::new(8, 0);
+    let mut streams = Streams::new(8, 8, 0);
     let ids: Vec<_> = (0..3).map(|host| streams.open_from_host(1, host).unwrap()).collect();
-    ids.iter().for_each(|id| streams.line_up(*id));
-    ids.iter().for_each(|id| streams.line_up(*id));
+    ids.iter().for_each(|id| streams.enqueue(*id));
+    ids.iter().for_each(|id| streams.enqueue(*id));
     for round in 0..9 {
         let id = streams.next_turn().unwrap();
         assert_eq!(id, ids[round % 3]);
-        streams.line_up(id);
+        streams.enqueue(id);
     }
 }
 
 #[test]
 fn windows_shrink_when_many_streams_share_the_memory() {
-    let mut streams = Streams::new(1024, 0);
+    let mut streams = Streams::new(1024, 768, 0);
     let mut promised = 0;
     for number in 0..1024 {
         let id = streams.open_from_host(number, ()).unwrap();
@@ -64,7 +64,7 @@ fn windows_shrink_when_many_streams_share_the_memory() {
 
 #[test]
 fn refusals_are_bounded() {
-    let mut streams = Streams::<()>::new(1, 0);
+    let mut streams = Streams::<()>::new(1, 1, 0);
     let packet = Header { src_cid: 3, dst_cid: 2, src_port: 5, dst_port: 6, kind: 2, op: 1, ..Header::default() };
     (0..1000).for_each(|_| streams.refuse(&packet));
     assert!(!streams.has_room_for_refusal());
@@ -79,7 +79,9 @@ proptest! {
     #[test]
     fn the_table_agrees_with_its_model(steps in proptest::collection::vec(step(), 0..200)) {
         const LIMIT: usize = 12;
-        let mut streams = Streams::new(LIMIT, FIRST_HOST_PORT);
+        const GUEST_LIMIT: usize = 8;
+        let mut from_guest: HashSet<StreamId> = HashSet::new();
+        let mut streams = Streams::new(LIMIT, GUEST_LIMIT, FIRST_HOST_PORT);
         let mut live: Vec<(StreamId, Ports, usize)> = Vec::new();
         let mut known: HashMap<Ports, StreamId> = HashMap::new();
         let mut waiting: Vec<StreamId> = Vec::new();
@@ -100,14 +102,18 @@ proptest! {
                 Step::FromGuest(ports) => match streams.open_from_guest(ports, &Header::default(), number) {
                     Ok(id) => {
                         prop_assert!(!known.contains_key(&ports) && ever.insert(id));
+                        prop_assert!(from_guest.insert(id) && from_guest.len() <= GUEST_LIMIT);
                         known.insert(ports, id);
                         live.push((id, ports, number));
                     }
-                    Err(_) => prop_assert!(live.len() == LIMIT || known.contains_key(&ports)),
+                    Err(_) => prop_assert!(
+                        live.len() == LIMIT || from_guest.len() == GUEST_LIMIT || known.contains_key(&ports)
+                    ),
                 },
                 Step::Remove(index) if !live.is_empty() => {
                     let (id, ports, host) = live.swap_remove(index % live.len());
                     prop_assert_eq!(streams.remove(id), Some(host));
+                    from_guest.remove(&id);
                     prop_assert_eq!(streams.remove(id), None);
                     prop_assert!(streams.get_mut(id).is_none());
                     waiting.retain(|other| *other != id);
@@ -122,9 +128,9 @@ proptest! {
                         known.remove(&ports);
                     }
                 }
-                Step::LineUp(index) if !live.is_empty() => {
+                Step::Enqueue(index) if !live.is_empty() => {
                     let (id, ..) = live[index % live.len()];
-                    streams.line_up(id);
+                    streams.enqueue(id);
                     if !waiting.contains(&id) {
                         waiting.push(id);
                     }

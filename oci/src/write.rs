@@ -1,34 +1,61 @@
-//! Writing limits: all or nothing.
+//! Writing settings to a cgroup: all or none.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
 };
 
-use super::{CgroupError, write};
-use crate::spec::resources::{Limit, Need};
+use crate::{Need, Setting};
 
-/// Writes the limits of a cgroup that nobody uses yet.
-///
-/// # Errors
-/// The first that the kernel refuses.
-pub fn set(cgroup: &Path, limits: &[Limit]) -> Result<(), CgroupError> {
-    limits.iter().try_for_each(|limit| one(cgroup, limit).map(drop))
+/// A setting that the kernel does not take, or has no controller for.
+#[derive(Debug, thiserror::Error)]
+#[error("{field}: write {value:?} to {file}: {}", refusal(.error))]
+pub struct WriteError {
+    /// The specification's field.
+    pub field: String,
+    /// The cgroup's file.
+    pub file: String,
+    /// What was written.
+    pub value: String,
+    /// What the kernel said.
+    #[source]
+    pub error: io::Error,
 }
 
-/// Writes the limits of a cgroup in use, and takes all of them back if one is refused. Returns the way back.
+fn refusal(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no such file, so the kernel has no such limit".into(),
+        _ => error.to_string(),
+    }
+}
+
+/// Never creates: a file that is not there belongs to a controller that is not there.
+fn write(file: &Path, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(file)?.write_all(value.as_bytes())
+}
+
+/// Writes the settings of a cgroup that nobody uses yet.
 ///
 /// # Errors
 /// The first that the kernel refuses.
-pub fn change(cgroup: &Path, limits: &[Limit]) -> Result<Undo, CgroupError> {
+pub fn set(cgroup: &Path, settings: &[Setting]) -> Result<(), WriteError> {
+    settings.iter().try_for_each(|setting| one(cgroup, setting).map(drop))
+}
+
+/// Writes the settings of a cgroup in use, and takes all of them back if one is refused. Returns the way back.
+///
+/// # Errors
+/// The first that the kernel refuses.
+pub fn change(cgroup: &Path, settings: &[Setting]) -> Result<Undo, WriteError> {
     let mut undo = Undo(Vec::new());
-    for limit in limits {
+    for setting in settings {
         let read = |file: &String| fs::read_to_string(cgroup.join(file)).ok();
-        let before: Vec<_> = limit.choices.iter().map(|(file, _)| read(file)).collect();
-        match one(cgroup, limit) {
+        let before: Vec<_> = setting.choices.iter().map(|(file, _)| read(file)).collect();
+        match one(cgroup, setting) {
             Ok(None) => {}
             Ok(Some(place)) => {
-                if let (Some((file, value)), Some(Some(text))) = (limit.choices.get(place), before.get(place)) {
+                if let (Some((file, value)), Some(Some(text))) = (setting.choices.get(place), before.get(place)) {
                     undo.0.push((cgroup.join(file), restoring(text, value)));
                 }
             }
@@ -55,10 +82,10 @@ impl Undo {
     }
 }
 
-/// Writes to the first of a limit's files that exists. Returns which; None if nothing was written.
-fn one(cgroup: &Path, limit: &Limit) -> Result<Option<usize>, CgroupError> {
+/// Writes to the first of a setting's files that exists. Returns which; None if nothing was written.
+fn one(cgroup: &Path, setting: &Setting) -> Result<Option<usize>, WriteError> {
     let mut refused = None;
-    for (place, (file, value)) in limit.choices.iter().enumerate() {
+    for (place, (file, value)) in setting.choices.iter().enumerate() {
         match write(&cgroup.join(file), value) {
             Ok(()) => return Ok(Some(place)),
             Err(error) => {
@@ -70,11 +97,11 @@ fn one(cgroup: &Path, limit: &Limit) -> Result<Option<usize>, CgroupError> {
             }
         }
     }
-    match (limit.need, refused) {
+    match (setting.need, refused) {
         (_, None) | (Need::Try, _) => Ok(None),
         (Need::IfThere, Some((_, _, error))) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         (Need::IfThere | Need::Must, Some((file, value, error))) => {
-            Err(CgroupError::Limit { field: limit.field.clone(), file: file.clone(), value: value.clone(), error })
+            Err(WriteError { field: setting.field.clone(), file: file.clone(), value: value.clone(), error })
         }
     }
 }
@@ -116,8 +143,8 @@ mod tests {
         assert_eq!(restoring("default 100\n8:32 70\n", "8:32 50"), "8:32 70");
     }
 
-    fn limit(files: &[&str], value: &str, need: Need) -> Limit {
-        Limit {
+    fn setting(files: &[&str], value: &str, need: Need) -> Setting {
+        Setting {
             choices: files.iter().map(|file| ((*file).to_owned(), value.to_owned())).collect(),
             field: format!("field of {value}"),
             need,
@@ -135,21 +162,21 @@ mod tests {
         fs::create_dir(path.join("refusing")).unwrap();
         let read = || (fs::read_to_string(path.join("a")).unwrap(), fs::read_to_string(path.join("b")).unwrap());
         let limits = [
-            limit(&["absent", "a"], "7\n", Need::Must),
-            limit(&["b"], "8\n", Need::Must),
-            limit(&["absent"], "9\n", Need::IfThere),
-            limit(&["refusing"], "9\n", Need::Try),
+            setting(&["absent", "a"], "7\n", Need::Must),
+            setting(&["b"], "8\n", Need::Must),
+            setting(&["absent"], "9\n", Need::IfThere),
+            setting(&["refusing"], "9\n", Need::Try),
         ];
         change(path, &limits).unwrap().apply();
         assert_eq!(read(), ("1\n".into(), "2\n".into()));
         let mut failing = limits.to_vec();
-        failing.push(limit(&["refusing"], "10", Need::IfThere));
+        failing.push(setting(&["refusing"], "10", Need::IfThere));
         let error = change(path, &failing).unwrap_err();
-        assert!(matches!(&error, CgroupError::Limit { field, .. } if field == "field of 10"), "{error}");
+        assert!(error.field == "field of 10", "{error}");
         assert_eq!(read(), ("1\n".into(), "2\n".into()));
         set(path, &limits).unwrap();
         assert_eq!(read(), ("7\n".into(), "8\n".into()));
-        let error = set(path, &[limit(&["absent"], "9", Need::Must)]).unwrap_err();
+        let error = set(path, &[setting(&["absent"], "9", Need::Must)]).unwrap_err();
         assert_eq!(
             error.to_string(),
             "field of 9: write \"9\" to absent: there is no such file, so the kernel has no such limit"

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::ResourceError;
+use crate::FieldError;
 
 /// The highest number that is read (the kernel's NR_CPUS on x86-64 is 8192 at most).
 const MAX: u32 = 8191;
@@ -18,11 +18,11 @@ impl CpuList {
     /// Reads `text`, which is the value of `field`.
     ///
     /// # Errors
-    /// [`ResourceError`] names the field and what stands there.
-    pub fn parse(field: &str, text: &str) -> Result<Self, ResourceError> {
+    /// [`FieldError`] names the field and what stands there.
+    pub fn parse(field: &str, text: &str) -> Result<Self, FieldError> {
         let wrong = || {
             let message = format!("{text:?} is no list of numbers and ranges like \"0-3,7\", of 0 to {MAX}");
-            ResourceError::new(field, message)
+            FieldError::new(field, message)
         };
         let number = |text: &str| text.trim().parse::<u32>().ok().filter(|number| *number <= MAX);
         let mut ranges = Vec::new();
