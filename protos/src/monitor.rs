@@ -18,6 +18,8 @@
 //! Packets are postcard after one version byte ([`encode`], [`decode`]), at most [`MAX_PACKET`] bytes, with
 //! at most [`MAX_DESCRIPTORS`] descriptors.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The descriptor on which caisson-vmm finds its control socket.
@@ -105,6 +107,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Shared directories. At most 4.
     pub shares: Vec<ShareConfig>,
+    /// Network devices. At most 8; with all others, no more than 17 devices.
+    pub networks: Vec<NetworkConfig>,
 }
 
 /// Guest memory.
@@ -171,6 +175,51 @@ pub struct ShareConfig {
     pub server: DescriptorIndex,
 }
 
+/// One network device on a tap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkConfig {
+    /// The queues of one tap, all attached, non-blocking, with IFF_NO_PI and IFF_VNET_HDR: one for each pair of queues that the guest
+    /// may use. 1 to 32; with more than one, IFF_MULTI_QUEUE.
+    pub taps: Vec<DescriptorIndex>,
+    /// The guest's address on it.
+    pub mac: [u8; 6],
+    /// 68 to 65521. The guest cannot use a greater one.
+    pub mtu: u16,
+    /// What the guest may send.
+    pub send_limit: RateLimit,
+    /// What the guest may receive.
+    pub receive_limit: RateLimit,
+    /// From which addresses the guest may send; its MAC is then fixed. None: from any.
+    pub sources: Option<AllowedSources>,
+}
+
+/// How much may pass. None: any amount.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimit {
+    /// Bytes.
+    pub bytes: Option<TokenBucket>,
+    /// Packets, or requests.
+    pub operations: Option<TokenBucket>,
+}
+
+/// A rate with a burst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenBucket {
+    /// Each second. Not 0.
+    pub rate: u64,
+    /// At once, after a time without any. Not 0.
+    pub burst: u64,
+}
+
+/// Addresses that a guest may send from, besides its MAC and the link-local IPv6 address that follows from that.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AllowedSources {
+    /// IPv4.
+    pub ipv4: Vec<Ipv4Addr>,
+    /// IPv6.
+    pub ipv6: Vec<Ipv6Addr>,
+}
+
 /// Counters since the machine was configured.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineStats {
@@ -186,6 +235,29 @@ pub struct MachineStats {
     pub console_dropped_bytes: u64,
     /// Malformed requests of the guest (descriptor chains, registers, packets) that were refused.
     pub guest_faults: u64,
+    /// Of each network device, in order.
+    pub networks: Vec<NetworkStats>,
+}
+
+/// Counters of one network device, as its guest sees the directions. A large packet that is cut on its way counts as its segments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkStats {
+    /// Packets that the guest got.
+    pub received_packets: u64,
+    /// Bytes of frames that the guest got.
+    pub received_bytes: u64,
+    /// Packets that the guest had no room for or could not have.
+    pub receive_dropped: u64,
+    /// Packets for addresses that the guest does not want.
+    pub receive_filtered: u64,
+    /// Packets that the guest has sent.
+    pub sent_packets: u64,
+    /// Bytes of frames that the guest has sent.
+    pub sent_bytes: u64,
+    /// Frames of the guest that were refused, or that the host did not take.
+    pub send_dropped: u64,
+    /// Those of them that claimed another's address.
+    pub spoofed: u64,
 }
 
 /// Why the machine ended.

@@ -23,6 +23,6 @@ pub mod process;
 pub mod streams;
 
 pub use control::{CallError, Control, Driver, Ended};
-pub use machine::{Console, Disk, Machine, Memory, Share, Vsock};
+pub use machine::{Console, Disk, Machine, Memory, Network, Share, Vsock};
 pub use process::{Child, SpawnError};
 pub use streams::GuestStreams;

@@ -5,7 +5,8 @@
 use std::os::fd::OwnedFd;
 
 use caisson_protos::monitor::{
-    ConsoleConfig, DescriptorIndex, DiskConfig, MAX_DESCRIPTORS, MachineConfig, MemoryConfig, ShareConfig, VsockConfig,
+    AllowedSources, ConsoleConfig, DescriptorIndex, DiskConfig, MAX_DESCRIPTORS, MachineConfig, MemoryConfig,
+    NetworkConfig, RateLimit, ShareConfig, VsockConfig,
 };
 
 /// A whole machine; each field means what the field of that name in [`MachineConfig`] means.
@@ -29,6 +30,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// Shared directories.
     pub shares: Vec<Share>,
+    /// Network devices.
+    pub networks: Vec<Network>,
 }
 
 /// Guest memory, see [`MemoryConfig`].
@@ -82,10 +85,28 @@ pub struct Share {
     pub server: OwnedFd,
 }
 
+/// One network device, see [`NetworkConfig`].
+#[derive(Debug)]
+pub struct Network {
+    /// The queues of its tap.
+    pub taps: Vec<OwnedFd>,
+    /// The guest's address on it.
+    pub mac: [u8; 6],
+    /// The greatest MTU.
+    pub mtu: u16,
+    /// What the guest may send.
+    pub send_limit: RateLimit,
+    /// What the guest may receive.
+    pub receive_limit: RateLimit,
+    /// From which addresses the guest may send.
+    pub sources: Option<AllowedSources>,
+}
+
 /// More descriptors than one packet carries.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the machine needs {0} descriptors, a control packet carries at most {MAX_DESCRIPTORS}: use fewer disks or shares"
+    "the machine needs {0} descriptors, a control packet carries at most {MAX_DESCRIPTORS}: use fewer disks, shares or \
+     queues of network devices"
 )]
 pub struct TooManyDescriptors(usize);
 
@@ -134,6 +155,16 @@ impl Machine {
             shares: (self.shares.into_iter())
                 .map(|share| ShareConfig { tag: share.tag, server: fds.attach(share.server) })
                 .collect(),
+            networks: (self.networks.into_iter())
+                .map(|network| NetworkConfig {
+                    taps: network.taps.into_iter().map(|tap| fds.attach(tap)).collect(),
+                    mac: network.mac,
+                    mtu: network.mtu,
+                    send_limit: network.send_limit,
+                    receive_limit: network.receive_limit,
+                    sources: network.sources,
+                })
+                .collect(),
         };
         if fds.0.len() > MAX_DESCRIPTORS { Err(TooManyDescriptors(fds.0.len())) } else { Ok((config, fds.0)) }
     }
@@ -158,6 +189,17 @@ mod tests {
         File::open("/dev/null").unwrap().into()
     }
 
+    fn network(queues: usize) -> Network {
+        Network {
+            taps: (0..queues).map(|_| null()).collect(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            send_limit: RateLimit::default(),
+            receive_limit: RateLimit::default(),
+            sources: None,
+        }
+    }
+
     fn machine(disks: usize, shares: usize, file: bool, initramfs: bool) -> Machine {
         Machine {
             vcpus: 1,
@@ -169,6 +211,7 @@ mod tests {
             vsock: Some(Vsock { guest_cid: 3, listener: null(), guest_streams: null() }),
             disks: (0..disks).map(|n| Disk { serial: n.to_string(), file: null(), read_only: true }).collect(),
             shares: (0..shares).map(|n| Share { tag: n.to_string(), server: null() }).collect(),
+            networks: (1..shares).map(network).collect(),
         }
     }
 
@@ -181,6 +224,7 @@ mod tests {
             let kernel = machine.kernel.as_raw_fd();
             let serials: Vec<_> = machine.disks.iter().map(|disk| disk.file.as_raw_fd()).collect();
             let servers: Vec<_> = machine.shares.iter().map(|share| share.server.as_raw_fd()).collect();
+            let taps: Vec<_> = machine.networks.iter().flat_map(|network| &network.taps).map(|tap| tap.as_raw_fd()).collect();
             let memory = machine.memory.file.as_ref().map(|file| file.as_raw_fd());
             let (config, fds) = machine.into_packet().unwrap();
             let fd = |index: DescriptorIndex| fds[usize::from(index.0)].as_raw_fd();
@@ -188,6 +232,8 @@ mod tests {
             prop_assert_eq!(config.memory.file.map(fd), memory);
             prop_assert_eq!(config.disks.iter().map(|disk| fd(disk.file)).collect::<Vec<_>>(), serials);
             prop_assert_eq!(config.shares.iter().map(|share| fd(share.server)).collect::<Vec<_>>(), servers);
+            let places = config.networks.iter().flat_map(|network| &network.taps);
+            prop_assert_eq!(places.map(|tap| fd(*tap)).collect::<Vec<_>>(), taps);
         }
     }
 

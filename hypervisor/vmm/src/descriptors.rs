@@ -10,6 +10,8 @@ use rustix::{
     net::{AddressFamily, SocketType, sockopt},
 };
 
+use crate::virtio::net::tap::{self, TapInfo};
+
 /// A descriptor that cannot be what the message says.
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptorError {
@@ -145,6 +147,21 @@ impl Descriptors {
         if is_unix(&fd, SocketType::SEQPACKET) { Ok(fd) } else { Err(wrong(what, "a SOCK_SEQPACKET Unix socket")) }
     }
 
+    /// A queue of a tap with virtio headers, and what the kernel says of it.
+    ///
+    /// # Errors
+    /// See [`DescriptorError`].
+    pub fn tap(&mut self, index: DescriptorIndex, what: &str) -> Result<(OwnedFd, TapInfo), DescriptorError> {
+        let fd = self.take(index, what)?;
+        let info = tap::describe(&fd);
+        let info = info.ok_or_else(|| wrong(what, "an attached queue of a tap with IFF_VNET_HDR"))?;
+        check_access(&fd, what, Access::ReadWrite)?;
+        if !fcntl_getfl(&fd).map_err(system(what))?.contains(OFlags::NONBLOCK) {
+            return Err(wrong(what, "non-blocking: set O_NONBLOCK on it"));
+        }
+        Ok((fd, info))
+    }
+
     /// Checks that every descriptor got a role.
     ///
     /// # Errors
@@ -232,6 +249,7 @@ mod tests {
         assert!(one(null()).file(FIRST, "kernel", Access::Read).is_err());
         assert!(one(null()).disk(FIRST, "disk", Access::Read).is_err());
         assert!(one(null()).listener(FIRST, "vsock").is_err());
+        assert!(one(null()).tap(FIRST, "network 0").is_err());
         assert!(one(null()).output(FIRST, "console").is_err(), "open for reading only");
         assert!(one(stream.try_clone().unwrap()).listener(FIRST, "vsock").is_err());
         assert!(one(stream).packet_socket(FIRST, "share").is_err());

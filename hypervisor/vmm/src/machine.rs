@@ -37,6 +37,9 @@ pub const MAX_DISKS: usize = 8;
 /// The most shares in a machine.
 pub const MAX_SHARES: usize = 4;
 
+/// The most network devices in a machine.
+pub const MAX_NETWORKS: usize = 8;
+
 /// A machine that cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -63,6 +66,14 @@ pub enum MachineError {
         what: &'static str,
         /// The name.
         name: String,
+    },
+    /// A network device.
+    #[error("network {index}: {problem}")]
+    Network {
+        /// Which one.
+        index: usize,
+        /// What is wrong with it, and what to do.
+        problem: String,
     },
     /// The guest's context id.
     #[error("guest context id {0}: use 3 to 4294967294")]
@@ -228,6 +239,7 @@ impl Machine {
             stats.interrupts += device.interrupts;
             stats.guest_faults += device.guest_faults;
             stats.vsock_streams += device.streams;
+            stats.networks.extend(device.network);
         }
         stats
     }

@@ -152,6 +152,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
             .into_iter()
             .filter_map(|(tag, server)| Some(caisson_vmm_client::Share { tag: tag.into(), server: server? }))
             .collect(),
+        networks: Vec::new(),
     };
     control::configure_and_start(&control, machine)?;
 

@@ -27,6 +27,7 @@ pub fn machine(kernel: OwnedFd) -> Machine {
         vsock: None,
         disks: Vec::new(),
         shares: Vec::new(),
+        networks: Vec::new(),
     }
 }
 

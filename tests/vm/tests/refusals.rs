@@ -3,15 +3,15 @@
 use std::{fs::File, os::fd::OwnedFd, os::unix::net::UnixStream};
 
 use caisson_protos::monitor::{
-    Command, DescriptorIndex, Event, ExitReason, MAX_DESCRIPTORS, MAX_PACKET, MachineConfig, MemoryConfig, Reply,
-    Request, encode,
+    Command, DescriptorIndex, Event, ExitReason, MAX_DESCRIPTORS, MAX_PACKET, MachineConfig, MemoryConfig, RateLimit,
+    Reply, Request, TokenBucket, encode,
 };
 use caisson_vm_tests::{
     guests,
     kernel::{self, ENTRY, OFFSET, Segment},
     monitor::{Monitor, machine},
 };
-use caisson_vmm_client::{Console, Disk, Machine, Share, Vsock};
+use caisson_vmm_client::{Console, Disk, Machine, Network, Share, Vsock};
 
 fn good() -> Machine {
     machine(kernel::descriptor(&kernel::flat(guests::power_off())))
@@ -140,6 +140,28 @@ fn too_many_devices_and_bad_names() {
 }
 
 #[test]
+fn network_devices_that_cannot_be() {
+    let null = || -> OwnedFd { File::open("/dev/null").unwrap().into() };
+    let network = || Network {
+        taps: vec![null()],
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        send_limit: RateLimit::default(),
+        receive_limit: RateLimit::default(),
+        sources: None,
+    };
+    let one = |network| with(|m: &mut Machine| m.networks = vec![network]);
+    refused(one(network()), &["network 0", "not an attached queue of a tap"]);
+    refused(one(Network { taps: Vec::new(), ..network() }), &["network 0", "0 queues", "1 to 32"]);
+    refused(one(Network { mac: [3, 0, 0, 0, 0, 1], ..network() }), &["network 0", "MAC", "03"]);
+    refused(one(Network { mac: [0; 6], ..network() }), &["network 0", "MAC"]);
+    refused(one(Network { mtu: 67, ..network() }), &["network 0", "MTU 67", "68 to 65521"]);
+    let nothing = RateLimit { bytes: Some(TokenBucket { rate: 0, burst: 1 }), operations: None };
+    refused(one(Network { receive_limit: nothing, ..network() }), &["network 0", "rate or burst of 0"]);
+    refused(with(|m| m.networks = (0..9).map(|_| network()).collect()), &["9 networks", "at most 8"]);
+}
+
+#[test]
 fn commands_in_the_wrong_order() {
     let mut monitor = Monitor::spawn();
     for request in [Request::Start, Request::Pause, Request::Resume, Request::Stats] {
@@ -171,6 +193,7 @@ fn config(kernel: u8) -> MachineConfig {
         vsock: None,
         disks: Vec::new(),
         shares: Vec::new(),
+        networks: Vec::new(),
     }
 }
 

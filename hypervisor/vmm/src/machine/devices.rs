@@ -1,15 +1,23 @@
 //! The devices of a machine, in the order in which the guest finds them: entropy first, which the kernel wants early,
-//! then vsock, disks (vda first), shares.
+//! then vsock, disks (vda first), shares, network devices.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, io};
 
-use caisson_protos::monitor::{DiskConfig, MachineConfig};
+use caisson_protos::monitor::{DiskConfig, MachineConfig, NetworkConfig};
 use slog::Logger;
 
-use super::{MAX_DISKS, MAX_SHARES, MachineError};
+use super::{MAX_DISKS, MAX_NETWORKS, MAX_SHARES, MachineError};
 use crate::{
     descriptors::{Access, Descriptors},
-    virtio::{VirtioDevice, block::Block, fs::FsDevice, rng::Rng, vsock::Vsock},
+    layout::VIRTIO_IRQS,
+    virtio::{
+        VirtioDevice,
+        block::Block,
+        fs::FsDevice,
+        net::{self, Backend, Net, Tap},
+        rng::Rng,
+        vsock::Vsock,
+    },
 };
 
 /// Bytes of a serial number.
@@ -29,6 +37,7 @@ pub fn build(
 ) -> Result<Vec<Box<dyn VirtioDevice>>, MachineError> {
     check_count("disks", config.disks.len(), MAX_DISKS)?;
     check_count("shares", config.shares.len(), MAX_SHARES)?;
+    check_count("networks", config.networks.len(), MAX_NETWORKS)?;
     check_unique("disks", config.disks.iter().map(|disk| &disk.serial))?;
     check_unique("shares", config.shares.iter().map(|share| &share.tag))?;
 
@@ -51,6 +60,11 @@ pub fn build(
         let device = FsDevice::new(&share.tag, server, log.clone());
         devices.push(Box::new(device.map_err(|error| MachineError::Device { what, source: error.into() })?));
     }
+    for (index, network) in config.networks.iter().enumerate() {
+        devices.push(Box::new(net(index, network, fds, log)?));
+    }
+    // Each has an interrupt of its own.
+    check_count("devices", devices.len(), VIRTIO_IRQS.len())?;
     Ok(devices)
 }
 
@@ -65,6 +79,47 @@ fn block(index: usize, config: &DiskConfig, fds: &mut Descriptors, log: &Logger)
     let log = log.new(slog::o!("disk" => index));
     Block::new(file, size, serial, config.read_only, log)
         .map_err(|source| MachineError::Device { what, source: source.into() })
+}
+
+fn net(index: usize, config: &NetworkConfig, fds: &mut Descriptors, log: &Logger) -> Result<Net, MachineError> {
+    let refuse = |problem: String| MachineError::Network { index, problem };
+    if config.mac == [0; 6] || net::is_multicast(config.mac) {
+        return Err(refuse(format!("MAC {:02x?}: use the address of one device", config.mac)));
+    }
+    if !net::MTU.contains(&config.mtu) {
+        return Err(refuse(format!("MTU {}: use {} to {}", config.mtu, net::MTU.start(), net::MTU.end())));
+    }
+    let buckets = [&config.send_limit, &config.receive_limit].map(|limit| [limit.bytes, limit.operations]);
+    if buckets.iter().flatten().flatten().any(|bucket| bucket.rate == 0 || bucket.burst == 0) {
+        return Err(refuse("a limit with a rate or burst of 0 lets nothing pass: use 1 or more, or no limit".into()));
+    }
+    if !(1..=net::MAX_PAIRS).contains(&config.taps.len()) {
+        return Err(refuse(format!("{} queues of a tap: use 1 to {}", config.taps.len(), net::MAX_PAIRS)));
+    }
+    let what = format!("network {index}");
+    let taps = config.taps.iter().map(|tap| fds.tap(*tap, &what)).collect::<Result<Vec<_>, _>>()?;
+    let mut infos = taps.iter().map(|(_, info)| info);
+    if let Some(first) = infos.next() {
+        if let Some(other) = infos.find(|info| info.name != first.name) {
+            let names = format!("{:?} and {:?}", first.name, other.name);
+            return Err(refuse(format!("queues of two taps, {names}: use those of one")));
+        }
+        if taps.len() > 1 && !first.multi_queue {
+            return Err(refuse(format!("tap {:?} has one queue only: set IFF_MULTI_QUEUE on it", first.name)));
+        }
+    }
+    let failed = |source: io::Error| MachineError::Device { what: what.clone(), source: source.into() };
+    let taps = taps.into_iter().map(|(fd, _)| Tap::new(fd)).collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    let settings = net::Settings {
+        mac: config.mac,
+        mtu: config.mtu,
+        send_limit: config.send_limit,
+        receive_limit: config.receive_limit,
+        sources: config.sources.clone(),
+        uso: taps.first().is_some_and(Tap::has_uso),
+    };
+    let backends = taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect();
+    Net::new(backends, settings, log.new(slog::o!("network" => index))).map_err(failed)
 }
 
 fn check_count(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {

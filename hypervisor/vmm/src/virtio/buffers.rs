@@ -25,6 +25,15 @@ pub struct BufferError {
     pub need: usize,
 }
 
+/// Where a packet is that [`Buffers::read_packet`] has received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Its length.
+    pub len: usize,
+    /// Up to this byte it is in the head and in the chain, from there on in the rest.
+    pub in_chain: usize,
+}
+
 /// The readable or the writable part of a chain. Empty ranges are not kept.
 #[derive(Clone, Debug, Default)]
 pub struct Buffers<'m> {
@@ -174,6 +183,48 @@ impl<'m> Buffers<'m> {
         // bytes no Rust reference exists.
         let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT | libc::MSG_TRUNC) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Sends the whole as one packet to a descriptor that takes a packet with each `writev` (a tap), with `head` in the place
+    /// of the chain's own first `head.len()` bytes (which the guest could change after they were checked).
+    ///
+    /// # Errors
+    /// InvalidInput if the chain is shorter than the head or has more than 1023 ranges; else the system call's.
+    pub fn write_packet(&self, fd: BorrowedFd, head: &[u8]) -> io::Result<()> {
+        let body = self.len.checked_sub(head.len()).ok_or_else(|| self.short(head.len()))?;
+        let mut iovecs: SmallVec<[libc::iovec; 16]> = SmallVec::new();
+        iovecs.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
+        iovecs.extend(self.iovecs(head.len(), body)?);
+        if iovecs.len() > MAX_IOVECS {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the iovecs point to `head` and to guest memory that stays mapped for 'm; the kernel only reads them.
+        let n = unsafe { libc::writev(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
+        if n < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Receives one packet from a descriptor that gives one with each `readv` (a tap): its first bytes into `head`, what follows
+    /// into the chain from byte `head.len()` on, and what the chain has no room for into `rest`.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn read_packet(&self, fd: BorrowedFd, head: &mut [u8], rest: &mut [u8]) -> io::Result<Received> {
+        let mut iovecs: SmallVec<[libc::iovec; 16]> = SmallVec::new();
+        iovecs.push(libc::iovec { iov_base: head.as_mut_ptr().cast(), iov_len: head.len() });
+        iovecs.extend(self.iovecs(head.len().min(self.len), self.len.saturating_sub(head.len()))?);
+        iovecs.truncate(MAX_IOVECS - 1);
+        let in_chain: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+        iovecs.push(libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
+        // SAFETY: the iovecs point to `head` and `rest`, borrowed mutably, and to guest memory that stays mapped for 'm and to
+        // whose bytes no Rust reference exists.
+        let n = unsafe { libc::readv(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int) };
+        let len = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+        Ok(Received { len, in_chain: in_chain.min(len) })
+    }
+
+    /// Adds the ranges of another one at the end; false if the total length would overflow u32, and then not all were added.
+    pub fn append(&mut self, other: &Self) -> bool {
+        other.slices.iter().all(|slice| self.push(*slice))
     }
 
     /// The ranges, in order.

@@ -6,6 +6,7 @@
 
 use std::os::fd::RawFd;
 
+use caisson_protos::monitor::NetworkStats;
 use event_manager::EventSet;
 
 use super::{BufferError, Chain, GuestMemory, QueueError, VirtQueue};
@@ -33,7 +34,7 @@ pub trait Poll {
 pub struct Context<'a> {
     /// The guest's memory.
     pub memory: &'a GuestMemory,
-    /// The device's queues, all usable.
+    /// The device's queues, usable or, where the device does not need them, unused.
     pub queues: &'a mut [VirtQueue],
     /// Host descriptors.
     pub poll: &'a mut dyn Poll,
@@ -101,6 +102,11 @@ pub trait VirtioDevice: Send {
     /// The greatest size of each queue, powers of two; their number is the number of queues.
     fn queue_sizes(&self) -> &[u16];
 
+    /// Whether the driver must have set up queue `queue` before it is live. One that it need not, and has not, gives no chains.
+    fn needs_queue(&self, _queue: usize) -> bool {
+        true
+    }
+
     /// The device's own feature bits. The transport adds VERSION_1, RING_EVENT_IDX and RING_INDIRECT_DESC.
     fn features(&self) -> u64 {
         0
@@ -111,7 +117,7 @@ pub trait VirtioDevice: Send {
         data.fill(0);
     }
 
-    /// The driver is live (DRIVER_OK): all queues are usable and stay as they are until `reset`.
+    /// The driver is live (DRIVER_OK): the queues that it has set up are usable, and all stay as they are until `reset`.
     ///
     /// # Errors
     /// The device then needs a reset.
@@ -141,6 +147,11 @@ pub trait VirtioDevice: Send {
     /// Streams between host and guest that are open now, for the machine's statistics.
     fn open_streams(&self) -> u32 {
         0
+    }
+
+    /// What a network device has moved, for the machine's statistics.
+    fn network_stats(&self) -> Option<NetworkStats> {
+        None
     }
 
     /// Whether the device holds bytes of the guest for somebody who is slow to read them.

@@ -14,14 +14,16 @@ mod buffers;
 mod device;
 pub mod fs;
 pub mod mmio;
+pub mod net;
 mod queue;
+pub mod rate;
 pub mod rng;
 mod serve;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod vsock;
 
-pub use buffers::{BufferError, Buffers};
+pub use buffers::{BufferError, Buffers, Received};
 pub use device::{Context, DeviceError, Poll, PollToken, VirtioDevice, read_config_bytes};
 pub use queue::{Chain, QueueError, VirtQueue};
 pub use serve::{Served, Turn, TurnEnd, serve};

@@ -3,7 +3,10 @@
 //! Ring and index handling is the virtio-queue crate's; what this adds is the check of a whole chain before a device
 //! sees any of it: readable before writable descriptors, every byte in guest memory, a last descriptor.
 
-use std::sync::atomic::Ordering;
+use std::{
+    num::Wrapping,
+    sync::atomic::{Ordering, fence},
+};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT, desc::split::Descriptor};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
@@ -64,6 +67,8 @@ pub struct VirtQueue {
     queue: Queue,
     /// Chains were completed since the driver was last asked whether it wants an interrupt.
     used_since_signal: bool,
+    /// How far the driver had been asked then.
+    asked: Wrapping<u16>,
     /// An interrupt is due, whatever the driver said last.
     signal_always: bool,
     /// The device left chains for later.
@@ -76,7 +81,13 @@ impl VirtQueue {
     /// # Errors
     /// If `max_size` is not a power of two up to 32768.
     pub fn new(max_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size)?, used_since_signal: false, signal_always: false, call_again: false })
+        Ok(Self {
+            queue: Queue::new(max_size)?,
+            used_since_signal: false,
+            asked: Wrapping(0),
+            signal_always: false,
+            call_again: false,
+        })
     }
 
     /// The ring's registers, for the transport.
@@ -92,6 +103,16 @@ impl VirtQueue {
     /// Whether the driver made the queue ready and its rings lie in guest memory.
     pub fn is_usable(&self, memory: &GuestMemory) -> bool {
         self.queue.ready() && self.queue.is_valid(memory)
+    }
+
+    /// Whether the driver has set the queue up; one that it has not gives no chains and asks for no notifications.
+    pub fn is_used(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// Chains that it can have at most.
+    pub fn size(&self) -> usize {
+        self.queue.size().into()
     }
 
     /// Takes the next chain that the driver made available.
@@ -166,6 +187,31 @@ impl VirtQueue {
         Ok(())
     }
 
+    /// Returns several chains, each with so many bytes filled in, of which the driver sees none before all.
+    ///
+    /// # Errors
+    /// If the used ring is not in guest memory.
+    pub fn complete_all(&mut self, memory: &GuestMemory, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        // Flags and index come before the elements, each a head and a length of 4 bytes (virtio 1.2, 2.7.8).
+        const INDEX: u64 = 2;
+        const ELEMENTS: u64 = 4;
+        let used = GuestAddress(self.queue.used_ring());
+        let mut next = Wrapping(self.queue.next_used());
+        for (head, written) in chains {
+            let slot = next.0.checked_rem(self.queue.size()).ok_or(virtio_queue::Error::InvalidSize)?;
+            let at = used.checked_add(ELEMENTS + u64::from(slot) * size_of::<u64>() as u64);
+            let at = at.ok_or(virtio_queue::Error::AddressOverflow)?;
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            memory.write_obj(element.to_le(), at).map_err(virtio_queue::Error::GuestMemory)?;
+            next += 1;
+        }
+        self.queue.set_next_used(next.0);
+        let index = used.checked_add(INDEX).ok_or(virtio_queue::Error::AddressOverflow)?;
+        memory.store(next.0.to_le(), index, Ordering::Release).map_err(virtio_queue::Error::GuestMemory)?;
+        self.used_since_signal = true;
+        Ok(())
+    }
+
     /// Returns a chain as [`Self::complete`] does, but lets the driver find it at the next interrupt: for a driver that
     /// only frees it. [`Self::signal_completed`] must follow before long.
     ///
@@ -219,7 +265,7 @@ impl VirtQueue {
     /// # Errors
     /// If the rings are not in guest memory.
     pub fn enable_notification(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        Ok(self.queue.enable_notification(memory)?)
+        Ok(self.is_used() && self.queue.enable_notification(memory)?)
     }
 
     /// Tells the driver that it need not notify, until [`Self::enable_notification`].
@@ -227,7 +273,10 @@ impl VirtQueue {
     /// # Errors
     /// If the rings are not in guest memory.
     pub fn disable_notification(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
-        Ok(self.queue.disable_notification(memory)?)
+        if self.is_used() {
+            self.queue.disable_notification(memory)?;
+        }
+        Ok(())
     }
 
     /// Whether an interrupt is due for what was completed since the last call.
@@ -239,7 +288,20 @@ impl VirtQueue {
         if !std::mem::take(&mut self.used_since_signal) && !always {
             return Ok(false);
         }
-        Ok(self.queue.needs_notification(memory)? || always)
+        // The driver must see what was completed before its wish is read.
+        fence(Ordering::SeqCst);
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // Behind flags, index and elements of the available ring: the index whose completion it wants to hear of. The crate
+        // has this as well, but does not know of `complete_all`.
+        let offset = 4 + u64::from(self.queue.size()) * 2;
+        let at = GuestAddress(self.queue.avail_ring()).checked_add(offset);
+        let at = at.ok_or(virtio_queue::Error::AddressOverflow)?;
+        let wanted: u16 = memory.load(at, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
+        let now = Wrapping(self.queue.next_used());
+        let asked = std::mem::replace(&mut self.asked, now);
+        Ok(now - Wrapping(u16::from_le(wanted)) - Wrapping(1) < now - asked || always)
     }
 }
 

@@ -6,6 +6,7 @@
 mod disks;
 mod files;
 mod machine;
+mod network;
 mod power;
 mod vsock;
 
@@ -38,6 +39,7 @@ fn main() {
         }
         "vsock" => vsock::both_ways(),
         "last-words" => vsock::last_words(),
+        "network" => network::serve(),
         "ticks" => machine::tick_for_ever(),
         "files" => files::share(&word("caisson.tag=").expect("caisson.tag= in the kernel's command line")),
         other => panic!("no scenario {other:?}"),

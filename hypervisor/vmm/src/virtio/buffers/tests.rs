@@ -91,6 +91,44 @@ proptest! {
         prop_assert_eq!(&packet[header.len()..n], &expected[header.len()..]);
     }
 
+    /// In `head`, then in the chain as far as that goes, then in the rest.
+    #[test]
+    fn a_packet_is_read_in_one_piece(lens in proptest::collection::vec(1u8..50, 0..10), head in 0usize..40, len in 1usize..600) {
+        let memory = memory();
+        let mut at = 0;
+        let ranges: Vec<(u16, u8)> = lens.iter().map(|len| { let range = (at, *len); at += u16::from(*len) + 3; range }).collect();
+        let (first, second) = ranges.split_at(ranges.len() / 2);
+        let (mut chain, _) = buffers(&memory, first);
+        prop_assert!(chain.append(&buffers(&memory, second).0));
+
+        let packet: Vec<u8> = (0..len).map(|n| (n % 241) as u8).collect();
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        ours.send(&packet).unwrap();
+        let (mut head, mut rest) = (vec![0; head], vec![0; 600]);
+        let received = chain.read_packet(theirs.as_fd(), &mut head, &mut rest).unwrap();
+        prop_assert_eq!(received.len, len);
+        prop_assert_eq!(received.in_chain, len.min(chain.len().max(head.len())));
+        let mut bytes = head[..head.len().min(len)].to_vec();
+        let mut middle = vec![0; received.in_chain.saturating_sub(head.len())];
+        if !middle.is_empty() {
+            chain.read(head.len(), &mut middle).unwrap();
+        }
+        bytes.extend(middle);
+        bytes.extend(&rest[..len - received.in_chain]);
+        prop_assert_eq!(&bytes, &packet);
+
+        // And back, with other bytes in the place of the first ones.
+        let own = vec![0xee; chain.len().min(20)];
+        chain.write_packet(theirs.as_fd(), &own).unwrap();
+        let mut back = vec![0; chain.len() + 1];
+        let n = ours.recv(&mut back).unwrap();
+        prop_assert_eq!(n, chain.len());
+        prop_assert_eq!(&back[..own.len()], &own[..]);
+        let mut expected = vec![0; n - own.len()];
+        chain.read(own.len(), &mut expected).unwrap();
+        prop_assert_eq!(&back[own.len()..n], &expected[..]);
+    }
+
     #[test]
     fn writes_land_where_reads_find_them(start in 0u16..0x800, lens in proptest::collection::vec(1u8..50, 1..10), offset in 0usize..300, data in proptest::collection::vec(any::<u8>(), 0..300)) {
         let memory = memory();

@@ -32,6 +32,7 @@ use std::{
     },
 };
 
+use caisson_protos::monitor::NetworkStats;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use slog::Logger;
 use virtio_bindings::{
@@ -92,6 +93,8 @@ pub struct DeviceStats {
     pub guest_faults: u64,
     /// Open streams.
     pub streams: u32,
+    /// What a network device has moved.
+    pub network: Option<NetworkStats>,
 }
 
 impl MmioDevice {
@@ -147,11 +150,16 @@ impl MmioDevice {
 
     /// What happened so far.
     pub fn stats(&self) -> DeviceStats {
+        let (streams, network) = {
+            let inner = self.lock();
+            (inner.device.open_streams(), inner.device.network_stats())
+        };
         DeviceStats {
             notifications: self.notifications.load(Ordering::Relaxed),
             interrupts: self.interrupts.load(Ordering::Relaxed),
             guest_faults: self.guest_faults.load(Ordering::Relaxed),
-            streams: self.lock().device.open_streams(),
+            streams,
+            network,
         }
     }
 
@@ -216,7 +224,8 @@ impl MmioDevice {
             inner.device.reset(poll);
         }
         if inner.registers.is_live() && inner.queues.is_none() {
-            match inner.registers.queues().iter().map(|queue| self.build_queue(inner, queue)).collect() {
+            let queues = inner.registers.queues().iter().enumerate();
+            match queues.map(|(index, queue)| self.build_queue(inner, index, queue)).collect() {
                 Ok(queues) => inner.queues = Some(queues),
                 Err(error) => {
                     self.fail(inner, poll, &error);
@@ -232,8 +241,11 @@ impl MmioDevice {
         reset
     }
 
-    fn build_queue(&self, inner: &Inner, registers: &QueueRegisters) -> Result<VirtQueue, DeviceError> {
+    fn build_queue(&self, inner: &Inner, index: usize, registers: &QueueRegisters) -> Result<VirtQueue, DeviceError> {
         let mut virt_queue = VirtQueue::new(registers.max_size)?;
+        if !registers.ready && !inner.device.needs_queue(index) {
+            return Ok(virt_queue);
+        }
         let queue = virt_queue.registers_mut();
         set_rings(queue, registers).map_err(QueueError::from)?;
         queue.set_event_idx(inner.registers.accepted_features() & 1 << VIRTIO_RING_F_EVENT_IDX != 0);

@@ -356,6 +356,49 @@ fn a_disk_that_hangs_holds_neither_its_registers_nor_the_loop() {
     assert_eq!(machine.memory.read_obj::<u8>(GuestAddress(u64::from(BUFFER) + 0x1000)).unwrap(), 0xee);
 }
 
+/// Counts what it takes from its two queues, of which it needs the first.
+struct Optional;
+
+impl VirtioDevice for Optional {
+    fn name(&self) -> &'static str {
+        "optional"
+    }
+    fn device_id(&self) -> u32 {
+        1
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[8, 8]
+    }
+    fn needs_queue(&self, queue: usize) -> bool {
+        queue == 0
+    }
+    fn queue_ready(&mut self, context: &mut Context, queue: usize) -> Result<(), DeviceError> {
+        let turn = crate::virtio::Turn { chains: 8, bytes: 8 };
+        crate::virtio::serve(context, queue, turn, |_, _| Ok(crate::virtio::Served::Written(0)))?;
+        Ok(())
+    }
+}
+
+#[test]
+fn a_queue_that_the_device_does_not_need_may_be_left_out() {
+    let mut machine = Machine::new(Box::new(Optional));
+    machine.go_live();
+    assert_eq!(machine.read(VIRTIO_MMIO_STATUS), 15);
+    machine.offer(0);
+    let before = machine.all_memory();
+    machine.notify(1);
+    assert!(machine.all_memory() == before, "the other one is no queue");
+    machine.notify(0);
+    assert_eq!(machine.used(), 1);
+    // The first one is needed.
+    machine.write(VIRTIO_MMIO_STATUS, 0);
+    machine.set_up(false);
+    machine.write(VIRTIO_MMIO_QUEUE_READY, 0);
+    machine.write(VIRTIO_MMIO_STATUS, 15);
+    machine.serve();
+    assert_eq!(machine.read(VIRTIO_MMIO_STATUS), 15 | 64);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(u64, Vec<u8>),

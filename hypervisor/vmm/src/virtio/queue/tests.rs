@@ -77,6 +77,52 @@ fn a_range_may_span_two_regions_but_not_a_hole() {
 }
 
 #[test]
+fn several_chains_are_completed_at_once_and_only_then_seen() {
+    let memory = memory();
+    let mut queue = queue(&memory, &[3, 1, 2]);
+    queue.complete(&memory, 3, 7).unwrap();
+    queue.complete_all(&memory, &[(1, 10), (2, 20)]).unwrap();
+    let used = |at: u64| memory.read_obj::<u32>(GuestAddress(USED + at)).unwrap();
+    assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 3);
+    assert_eq!([used(4), used(8), used(12), used(16), used(20), used(24)], [3, 7, 1, 10, 2, 20]);
+    // The ring goes round.
+    queue.complete_all(&memory, &[(4, 1), (5, 1), (6, 1), (7, 1), (0, 1), (1, 99)]).unwrap();
+    assert_eq!([used(4), used(8)], [1, 99]);
+    assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 9);
+    queue.complete(&memory, 2, 98).unwrap();
+    assert_eq!([used(12), used(16)], [2, 98]);
+}
+
+#[test]
+fn the_driver_is_interrupted_where_it_asked_for_it() {
+    let memory = memory();
+    let wants = |index: u16| memory.write_obj(index, GuestAddress(AVAILABLE + 4 + 2 * u64::from(SIZE))).unwrap();
+    let mut queue = queue(&memory, &[]);
+    queue.registers_mut().set_event_idx(true);
+    assert!(!queue.take_signal(&memory).unwrap(), "nothing was completed");
+    // At the completion of number 0, 2, 5 and 20.
+    wants(0);
+    queue.complete(&memory, 0, 0).unwrap();
+    assert!(queue.take_signal(&memory).unwrap());
+    wants(2);
+    queue.complete(&memory, 0, 0).unwrap();
+    assert!(!queue.take_signal(&memory).unwrap(), "number 1");
+    queue.complete_all(&memory, &[(0, 0), (0, 0)]).unwrap();
+    assert!(queue.take_signal(&memory).unwrap(), "numbers 2 and 3");
+    wants(5);
+    queue.complete_quietly(&memory, 0, 0).unwrap();
+    queue.complete_quietly(&memory, 0, 0).unwrap();
+    assert!(!queue.take_signal(&memory).unwrap(), "quietly");
+    queue.signal_completed();
+    assert!(queue.take_signal(&memory).unwrap(), "numbers 4 and 5");
+    wants(20);
+    queue.complete_all(&memory, &[(0, 0); 8]).unwrap();
+    assert!(!queue.take_signal(&memory).unwrap(), "numbers 6 to 13");
+    queue.complete_all(&memory, &[(0, 0); 8]).unwrap();
+    assert!(queue.take_signal(&memory).unwrap(), "numbers 14 to 21");
+}
+
+#[test]
 fn malformed_chains_are_told_apart() {
     assert!(matches!(one(&[raw(0x1000, 1, NEXT, 0)]), Err(QueueError::Unterminated(0))), "a loop");
     assert!(matches!(one(&[raw(0x1000, 1, NEXT, SIZE)]), Err(QueueError::Unterminated(0))), "beyond the table");
