@@ -187,7 +187,7 @@ impl StageEnd {
         self.receive_byte(GO)
     }
 
-    /// Waits until the agent knows what [`Reply::Born`] told it.
+    /// Waits until the agent knows what [`Reply::Born`] reports.
     ///
     /// # Errors
     /// If the agent has gone.

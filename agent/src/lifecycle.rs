@@ -6,8 +6,8 @@
 //!   exec:                         Added ────┘            └─────── refused ─────────────►
 //! ```
 //!
-//! An exit may be told at any moment, also before the caller of Start has learnt that the program was entered. The
-//! first one counts and is never lost: whoever asks later finds it.
+//! An exit may be reported at any moment, also before the caller of Start has learnt that the program was entered. The
+//! first one counts and is never lost: a later question finds it.
 
 /// How and when a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -81,7 +81,7 @@ fn run(started_ns: u64, log: &Logger) -> anyhow::Result<Infallible> {
         let _server = service::serve(calls, stdio, streams, containers.clone(), power_off, log.clone()).await?;
         tokio::spawn(announce(started_ns, log.clone()));
         reaper.run(containers).await;
-        anyhow::bail!("the runtime tells of no more children")
+        anyhow::bail!("no more SIGCHLD from the runtime: children cannot be reaped")
     })
 }
 
@@ -97,7 +97,7 @@ async fn announce(started_ns: u64, log: Logger) {
     match said.await {
         Ok(()) => info!(log, "ready"),
         Err(error) => {
-            error!(log, "cannot tell the host that the agent is ready"; "port" => READY_PORT, "error" => %error)
+            error!(log, "cannot report to the host that the agent is ready"; "port" => READY_PORT, "error" => %error)
         }
     }
 }

@@ -133,7 +133,7 @@ pub struct HookPlans {
     pub create_container: Vec<HookPlan>,
     /// Right before the container's own program.
     pub start_container: Vec<HookPlan>,
-    /// What they are told of the container.
+    /// What they get of the container.
     pub about: HookState,
 }
 

@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{containers::Containers, lifecycle::Exit};
 
-/// Reaps children as the kernel tells of them.
+/// Reaps children as the kernel reports them.
 #[derive(Debug)]
 pub struct Reaper(Signal);
 

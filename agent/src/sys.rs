@@ -140,7 +140,7 @@ pub fn default_signals() {
     let default = SignalAction { handler: libc::SIG_DFL, flags: 0, restorer: 0, mask: 0 };
     let nothing = std::ptr::null_mut::<SignalAction>();
     for number in 1..=64 {
-        // SAFETY: the kernel only reads `default`, whose mask is as long as told; the default action runs no code of
+        // SAFETY: the kernel only reads `default`, whose mask is as long as passed; the default action runs no code of
         // ours. SIGKILL and SIGSTOP are refused, and have it anyway.
         unsafe { libc::syscall(libc::SYS_rt_sigaction, number, &raw const default, nothing, size_of::<u64>()) };
     }

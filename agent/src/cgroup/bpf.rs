@@ -65,7 +65,7 @@ pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
         expected_attach_type: 0,
     };
     // SAFETY: the kernel reads size_of::<Load>() bytes of `attributes`, as many instructions behind its pointer as it
-    // is told, and the license up to its NUL; all of them outlive the call, and it writes to none.
+    // is passed, and the license up to its NUL; all of them outlive the call, and it writes to none.
     let result = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, size_of::<Load>()) };
     match i32::try_from(result) {
         // SAFETY: the kernel has just made this descriptor (close-on-exec); nothing else owns it.

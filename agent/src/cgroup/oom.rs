@@ -1,5 +1,5 @@
 //! Processes that the kernel killed because memory ran out: `oom_kill` in memory.events. It counts the kills in the
-//! cgroup and below, whoever's memory ran out (the container's own limit or the machine's).
+//! cgroup and below, no matter whose memory ran out (the container's own limit or the machine's).
 
 use std::{fs, path::PathBuf};
 

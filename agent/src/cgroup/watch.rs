@@ -1,7 +1,7 @@
 //! Waiting for a change of one of the kernel's event files (cgroup.events, memory.events), without a clock.
 //!
 //! The kernel marks an open file of that kind as having an exceptional condition (POLLPRI) when it changes, and takes
-//! the mark back when the file is read. So whoever reads first and waits then misses nothing.
+//! the mark back when the file is read. So a reader that reads first and waits then misses nothing.
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 

@@ -204,10 +204,10 @@ impl Containers {
         let work = async {
             let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             stage.send_plan(plan, &borrowed).await.map_err(trying("send the plan to the stage"))?;
-            let mut answer = stage.receive().await.map_err(trying("hear from the stage"))?;
+            let mut answer = stage.receive().await.map_err(trying("receive the stage's answer"))?;
             let mut terminal = None;
             if let Some((Reply::Born(pid), beside)) = answer {
-                self.reborn(process, pid);
+                self.replace_stage(process, pid);
                 terminal = beside;
                 if let Plan::Exec(exec) = plan {
                     let file = exec.cgroup.join("cgroup.procs");
@@ -215,7 +215,7 @@ impl Containers {
                     std::fs::write(&file, pid.to_string()).map_err(failed)?;
                 }
                 stage.send_seen().await.map_err(trying("answer the stage"))?;
-                answer = stage.receive().await.map_err(trying("hear from the stage"))?;
+                answer = stage.receive().await.map_err(trying("receive the stage's answer"))?;
             }
             Ok((answer, terminal))
         };
@@ -230,7 +230,7 @@ impl Containers {
     }
 
     /// The stage's child takes its place. It cannot have been reaped yet: it is a child of the stage, which waits.
-    fn reborn(&self, process: &Arc<Process>, pid: i32) {
+    fn replace_stage(&self, process: &Arc<Process>, pid: i32) {
         let mut by_pid = lock(&self.by_pid);
         if let Some(stage) = process.pid() {
             by_pid.remove(&stage);
@@ -287,7 +287,7 @@ impl Containers {
 async fn enter(stage: &mut AgentEnd, limit: Duration) -> Result<()> {
     let work = async {
         stage.send_go().await.map_err(trying("let the stage go on"))?;
-        stage.receive().await.map_err(trying("hear from the stage"))
+        stage.receive().await.map_err(trying("receive the stage's answer"))
     };
     match limited("entering the program", limit, work).await? {
         // The socket closed on exec. A process that was killed before that has ended, as Wait will tell.

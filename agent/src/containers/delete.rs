@@ -38,8 +38,8 @@ impl Containers {
             return Err(Error::Deleting(id.to_owned()));
         }
         let cleared = self.clear(&container).await;
-        // A full disk must not keep a container from being deleted: whoever wanted the bytes safe has asked by fsync
-        // and was told.
+        // A full disk must not keep a container from being deleted: a program that wanted the bytes safe has called
+        // fsync and got the error.
         if let Err(error) = self.write_back().await {
             warn!(self.log, "a deleted container's last writes are lost"; "container" => id, "error" => %error);
         }

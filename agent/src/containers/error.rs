@@ -88,7 +88,7 @@ pub enum Error {
     /// The kernel refused a process.
     #[error(transparent)]
     Launch(#[from] LaunchError),
-    /// The stage told why.
+    /// The stage reported its failure.
     #[error(transparent)]
     Stage(#[from] Failure),
     /// The stage could not tell.

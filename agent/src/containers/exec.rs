@@ -77,7 +77,7 @@ impl Containers {
         Ok(stage)
     }
 
-    /// Whoever waits for a process that could not be made must not wait for ever: if there is a process its end is told
+    /// A Wait for a process that could not be made must not last for ever: if there is a process its end is reported
     /// by the reaper, otherwise here.
     pub(super) fn abandon(process: &Process) {
         match process.target() {

@@ -49,7 +49,7 @@ struct Container {
     cgroup: Mutex<Option<Cgroup>>,
     inherited: Inherited,
     seccomp: Option<Filter>,
-    /// Whether its processes are stopped. Whoever brings a process in holds it for reading.
+    /// Whether its processes are stopped. An exec that adds a process holds it for reading.
     paused: RwLock<bool>,
     /// Held by the one Update at a time.
     updating: tokio::sync::Mutex<()>,

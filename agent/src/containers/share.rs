@@ -99,7 +99,7 @@ mod tests {
     fn a_device_that_is_not_there_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path().join("share");
-        let told = Mounts::new(Share::VirtioFs(place.clone())).get(false).unwrap_err().to_string();
-        assert!(told.contains("caisson") && told.contains(&place.display().to_string()), "{told}");
+        let message = Mounts::new(Share::VirtioFs(place.clone())).get(false).unwrap_err().to_string();
+        assert!(message.contains("caisson") && message.contains(&place.display().to_string()), "{message}");
     }
 }

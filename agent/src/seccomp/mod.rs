@@ -52,7 +52,7 @@ impl Action {
         Self(libc::SECCOMP_RET_ERRNO | errno as u32)
     }
 
-    /// A tracer is told `message`; without one the call fails with ENOSYS.
+    /// A tracer gets `message`; without one the call fails with ENOSYS.
     pub const fn trace(message: u16) -> Self {
         Self(libc::SECCOMP_RET_TRACE | message as u32)
     }
@@ -62,7 +62,7 @@ impl Action {
         (self.0 & libc::SECCOMP_RET_ACTION_FULL).cast_signed()
     }
 
-    /// Calls go ahead, or somebody else decides. Nothing needs to be told that it is unknown.
+    /// Calls go ahead, or somebody else decides. An unknown call needs no answer of its own.
     fn is_lenient(self) -> bool {
         let action = Self(self.0 & libc::SECCOMP_RET_ACTION_FULL);
         [Self::ALLOW, Self::LOG, Self::trace(0)].contains(&action)

@@ -1,6 +1,6 @@
 //! From the agent's namespaces into the container's.
 //!
-//! What is joined is joined first, with the rights of the guest's root, whoever it belongs to; the user namespace comes
+//! What is joined is joined first, with the rights of the guest's root, no matter whom it belongs to; the user namespace comes
 //! last, and new namespaces after it, so that they belong to it. A pid namespace holds from birth on only, and so does
 //! a time namespace:
 //!
@@ -122,7 +122,7 @@ fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> 
     if plan.makes(Kind::User)
         && let Err(failure) = map_ids(pid, &plan.ids)
     {
-        // It ends without the word that it waits for. Waited for here, it is gone before the agent hears of the failure.
+        // It ends without the word that it waits for. Waited for here, it is gone before the agent gets the failure.
         drop(handover);
         let _ = Pid::from_raw(pid).map(|pid| waitpid(Some(pid), WaitOptions::empty()));
         return Err(failure);

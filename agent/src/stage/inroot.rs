@@ -148,7 +148,7 @@ impl Root {
                         openat(&found, name, flags | OFlags::RDONLY, MODE).map(drop)
                     };
                     match made {
-                        // Whoever was quicker: what it is, is seen when it is opened.
+                        // Another process made it first: what it is, is seen when it is opened.
                         Ok(()) | Err(Errno::EXIST) => self.open(&next, OFlags::PATH | OFlags::NOFOLLOW)?,
                         Err(error) => return Err(error),
                     }

@@ -149,7 +149,7 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
         stdio::control(process)?;
         run_on(&process.affinity.after, "final")?;
     }
-    agent.send(&Reply::Ready, terminal.as_ref().map(AsFd::as_fd)).trying(|| "tell the agent".into())?;
+    agent.send(&Reply::Ready, terminal.as_ref().map(AsFd::as_fd)).trying(|| "report to the agent".into())?;
     drop(terminal);
     agent.receive_go().trying(|| "wait for the agent".into())?;
     if let Plan::Init(plan) = &plan {

@@ -130,7 +130,7 @@ fn mask(root: &Root, path: &Path, cover: &mut Cover) -> std::io::Result<()> {
 }
 
 fn make_working_directory(root: &Root, cwd: &Path) -> Result<(), Failure> {
-    // As runc does. What cannot be made (a read-only mount, a file in the way) is told when the process enters it.
+    // As runc does. What cannot be made (a read-only mount, a file in the way) is reported when the process enters it.
     match root.make_directories(cwd) {
         Ok(_) | Err(Errno::NOTDIR | Errno::ROFS | Errno::NOENT | Errno::LOOP | Errno::ACCESS) => Ok(()),
         Err(error) => Err(error).trying(|| format!("process.cwd: make {}", cwd.display())),

@@ -50,7 +50,7 @@ pub struct Child {
 }
 
 /// Starts caisson-vmm: its process and our end of its control socket. `cgroup` as for [`Child::spawn_in`]. Its pid is what the
-/// host knows of the pod, so it gets a network namespace of its own: whoever configures the network of that pid (a
+/// host knows of the pod, so it gets a network namespace of its own: what configures the network of that pid (a
 /// createRuntime hook) must not change the host's.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! A guest's lock becomes a lock of the host's kernel, on an open file description of its own for each lock owner (a process of
 //! the guest, or an open file description there): OFD locks for fcntl(2), flock(2) locks for flock(2). So the host's kernel
-//! decides who has a lock, whoever asks, and nothing stays when this process ends.
+//! decides who has a lock, and nothing stays when this process ends.
 //!
 //! No request waits. The guest's kernel asks again for a lock that somebody else has (guest-image/kernel/patches), because
 //! virtio-fs has no way to take a waiting request back when its process is killed.

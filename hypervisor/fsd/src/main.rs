@@ -170,6 +170,6 @@ fn descriptor(number: RawFd, name: &str) -> Result<OwnedFd> {
     // SAFETY: only borrowed to ask whether it is open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC).with_context(|| format!("{name} {number}"))?;
-    // SAFETY: it is open, and whoever started this program gave it to be owned; nothing here has used this number.
+    // SAFETY: it is open, and the parent gave it to be owned; nothing here has used this number.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -8,7 +8,7 @@
 //!   (control,            │ main thread:              ├── vcpu             one thread each
 //!    descriptors)        │ commands, devices         ├── bus ── ports     console, reset, power
 //!                        ▼                           │    └── virtio      devices
-//!                       end ◄────── whoever meets it ┘
+//!                       end ◄────── any of them ─────┘
 //! ```
 //!
 //! One thread besides the vCPUs serves the control socket and all devices. So a command never meets a device in the middle

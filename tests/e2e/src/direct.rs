@@ -22,7 +22,7 @@ pub struct Direct<'a> {
     pub shim: Shim,
     /// Its container, which is yet to be created.
     pub task: Task,
-    /// What the shim has told.
+    /// What the shim has published.
     pub events: Recorder,
 }
 

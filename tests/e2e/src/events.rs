@@ -140,8 +140,8 @@ fn read(request: &ForwardRequest) -> Event {
     Event { line: format!("{topic} {text}"), pid }
 }
 
-fn parse<E: Message>(bytes: &[u8], told: impl FnOnce(E) -> (String, u32)) -> Option<(String, u32)> {
-    E::parse_from_bytes(bytes).ok().map(told)
+fn parse<E: Message>(bytes: &[u8], described: impl FnOnce(E) -> (String, u32)) -> Option<(String, u32)> {
+    E::parse_from_bytes(bytes).ok().map(described)
 }
 
 fn join(container: &str, exec: &str) -> String {

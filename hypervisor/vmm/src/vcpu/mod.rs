@@ -112,7 +112,7 @@ pub fn install_kick() -> io::Result<()> {
     Ok(register_signal_handler(SIGRTMIN(), ignore)?)
 }
 
-/// Lets the kick's signal through on this thread: whoever started the process may have blocked it, and a blocked signal ends no
+/// Lets the kick's signal through on this thread: the parent process may have blocked it, and a blocked signal ends no
 /// KVM_RUN.
 fn unblock_kick() {
     // SAFETY: a zeroed sigset_t is valid and then initialized; the calls read and write nothing else.

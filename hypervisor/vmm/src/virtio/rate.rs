@@ -193,7 +193,7 @@ mod tests {
             }
         }
 
-        /// One who always has something to send and waits as told gets the whole rate.
+        /// One who always has something to send and waits as long as it must gets the whole rate.
         #[test]
         fn waiting_as_told_wastes_nothing(
             rate in 1000u64..1_000_000_000, burst in 1u64..1_000_000, size in 1u64..70_000,

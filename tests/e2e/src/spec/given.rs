@@ -52,7 +52,7 @@ pub struct Given<'a> {
 /// What a container left.
 #[derive(Clone, Debug)]
 pub struct Ended {
-    /// Exit status, as the shim told it.
+    /// Exit status, as the shim reported it.
     pub status: u32,
     /// Standard output.
     pub out: String,
@@ -151,8 +151,8 @@ impl<'a> Given<'a> {
         let mut create = bundle.create_request(vec![bundle::bind(&self.root)]);
         create.stdout = stdout.path.to_string_lossy().into_owned();
         create.stderr = stderr.path.to_string_lossy().into_owned();
-        let told = |status: ttrpc::Status| status.message().to_owned();
-        shim.call::<api::CreateTaskResponse>("Create", &create).map_err(told)?;
+        let message = |status: ttrpc::Status| status.message().to_owned();
+        shim.call::<api::CreateTaskResponse>("Create", &create).map_err(message)?;
         let id = || bundle.id.clone();
         let start = api::StartRequest { id: id(), ..Default::default() };
         let delete = api::DeleteRequest { id: id(), ..Default::default() };
@@ -162,10 +162,10 @@ impl<'a> Given<'a> {
         }
         let (stdout, stderr) = (stdout.only_the_shim_writes(), stderr.only_the_shim_writes());
         let wait = api::WaitRequest { id: id(), ..Default::default() };
-        let waited: api::WaitResponse = shim.call("Wait", &wait).map_err(told)?;
+        let waited: api::WaitResponse = shim.call("Wait", &wait).map_err(message)?;
         let text = |capture: Capture, what| String::from_utf8_lossy(&capture.wait_for_end(what, STEP)).into_owned();
         let (out, err) = (text(stdout, "standard output"), text(stderr, "standard error"));
-        shim.call::<api::DeleteResponse>("Delete", &delete).map_err(told)?;
+        shim.call::<api::DeleteResponse>("Delete", &delete).map_err(message)?;
         Ok(Ended { status: waited.exit_status, out, err })
     }
 }

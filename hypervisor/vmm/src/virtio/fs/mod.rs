@@ -19,7 +19,7 @@
 //!   EIO. When the socket closes, what it answered before is delivered; all other requests fail with ENOTCONN, now and later.
 //!   A server that answers nothing for [`PROGRESS_AFTER`] is reported in the log.
 //!
-//! Each side gives its end a send buffer of [`SEND_BUFFER`] bytes, which takes CAP_NET_ADMIN; whoever makes the socket pair may
+//! Each side gives its end a send buffer of [`SEND_BUFFER`] bytes, which takes CAP_NET_ADMIN; the maker of the socket pair may
 //! have done it before. With less the device still works, with smaller requests. In INIT's answer the device lowers their
 //! size to what the socket carries well ([`wire::init::limits`]).
 

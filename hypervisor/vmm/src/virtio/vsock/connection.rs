@@ -1,6 +1,6 @@
 //! One stream between a host socket and a guest socket, as a state machine without I/O.
 //!
-//! A stream is named by two ports and runs over packets in both directions. Whoever wants it sends REQUEST; the other
+//! A stream is named by two ports and runs over packets in both directions. The side that opens it sends REQUEST; the other
 //! side answers RESPONSE, or RST to refuse. Then both send data (RW) until each direction is over:
 //!
 //! ```text

@@ -20,7 +20,7 @@ use rustix::{
 
 use super::super::{Buffers, Poll, PollToken};
 
-/// Whoever holds the other end does not read any more.
+/// The holder of the other end does not read any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadClosed;
 

@@ -166,7 +166,7 @@ impl Listener {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
-                // Whoever came before is served first; the next call meets the error again.
+                // Clients that came before are served first; the next call meets the error again.
                 Err(_) if !callers.is_empty() => break,
                 Err(error) => return Err(error.into()),
             };
