@@ -85,9 +85,9 @@ fn bring_up(name: &str) {
     call(&socket, libc::SIOCSIFFLAGS, &mut request);
 }
 
-fn call(socket: &UdpSocket, call: libc::Ioctl, request: &mut libc::ifreq) {
+fn call(socket: &UdpSocket, call: libc::c_ulong, request: &mut libc::ifreq) {
     use std::os::fd::AsRawFd;
     // SAFETY: all calls here read and write an ifreq.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), call, request) };
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), call as _, request) };
     assert_eq!(result, 0, "ioctl {call:#x}: {}", io::Error::last_os_error());
 }
