@@ -4,6 +4,7 @@
 //!   `proto/agent.proto`;
 //! - [`monitor`]: the messages on caisson-vmm's control socket;
 //! - [`guest`]: ports, tags and paths that the host side and the guest side must agree on;
+//! - [`network`]: how large a pod's network may be;
 //! - [`kvm`]: what of the host's KVM a machine needs;
 //! - [`weights`]: what a limit of the specification is in numbers of the kernel's, in the guest as on the host.
 //!
@@ -12,6 +13,7 @@
 pub mod guest;
 pub mod kvm;
 pub mod monitor;
+pub mod network;
 pub mod weights;
 
 #[allow(missing_docs, clippy::all)]
