@@ -206,8 +206,8 @@ fn the_same_message_again_changes_nothing() {
         ];
         let changes = Subscription::open(&groups).unwrap();
         network.configure(&wanted).unwrap();
-        assert!(!changes.drain(|kind, payload| { eprintln!("{kind} {payload:?}"); true }).unwrap());
-        // Another agent's first message would change things: the subscription does see them.
+        assert!(!changes.drain(|_, _| true).unwrap());
+        // The subscription does see what changes.
         wanted.interfaces[0].mtu = 1400;
         network.configure(&wanted).unwrap();
         assert!(changes.drain(|_, _| true).unwrap());

@@ -100,6 +100,8 @@ impl Address {
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {
         let told = |address: &Self| Self {
+            // That of an IPv6 address follows from the address.
+            scope: if address.ip.is_ipv4() { address.scope } else { 0 },
             flags: address.flags & KEPT_FLAGS,
             valid: if address.valid == FOREVER { FOREVER } else { 0 },
             preferred: if address.preferred == FOREVER { FOREVER } else { 0 },

@@ -99,13 +99,17 @@ pub fn list() -> Message {
 }
 
 fn change(index: u32, flags: u32, mask: u32) -> Message {
+    request(libc::RTM_NEWLINK, index, flags, mask)
+}
+
+fn request(kind: u16, index: u32, flags: u32, mask: u32) -> Message {
     let mut header = [0; HEADER];
     for (place, value) in [(4, index), (8, flags), (12, mask)] {
         if let Some(field) = header.get_mut(place..place + 4) {
             field.copy_from_slice(&value.to_ne_bytes());
         }
     }
-    Message::new(libc::RTM_NEWLINK, 0, &header)
+    Message::new(kind, 0, &header)
 }
 
 /// Sets and clears IFF_* flags.
@@ -140,4 +144,10 @@ pub fn without_link_local(index: u32) -> Message {
         });
     });
     message
+}
+
+/// Removes it; so a tap goes while somebody still has it open.
+#[must_use]
+pub fn remove(index: u32) -> Message {
+    request(libc::RTM_DELLINK, index, 0, 0)
 }

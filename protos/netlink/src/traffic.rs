@@ -9,8 +9,8 @@ use crate::{
     },
 };
 
-/// The place of the filter among others of the interface: the first.
-const PRIORITY: u32 = 1;
+/// The place of the filter among others of the interface, behind those of an administrator. Nobody else uses this one.
+const PRIORITY: u32 = 0xca15;
 
 /// The filter that takes all packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,4 +92,39 @@ fn mirred(actions: &mut Message, to: u32) {
             options.bytes(TCA_MIRRED_PARMS, &parameters);
         });
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `tc` of iproute2 6.1 sends, without the message's header.
+    const CLSACT: &str = "00000000 03000000 0000ffff f1ffffff 00000000 0b000100 636c7361 63740000";
+    const MATCHALL: &str = "00000000 03000000 00000000 f2ffffff 000315ca 0d000100 6d617463 68616c6c 00000000 3c000200 \
+        38000200 34000100 0b000100 6d697272 65640000 24000280 20000200 00000000 00000000 04000000 00000000 00000000 \
+        01000000 02000000";
+
+    fn bytes(hex: &str) -> Vec<u8> {
+        let digits: String = hex.split_whitespace().collect();
+        let pairs = digits.as_bytes().chunks(2);
+        pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_place_for_filters_is_asked_for_as_tc_does() {
+        let message = add_clsact(3);
+        assert_eq!((message.kind, message.body()), (libc::RTM_NEWQDISC, bytes(CLSACT).as_slice()));
+    }
+
+    #[test]
+    fn the_redirect_is_asked_for_as_tc_does() {
+        let message = add_redirect(3, 2, Filter::MatchAll);
+        let mut body = message.body().to_vec();
+        // The types of the three outer attributes: tc does not say that they hold others, which is up to the sender here.
+        for place in [39, 43, 47] {
+            assert_eq!(body[place], 0x80);
+            body[place] = 0;
+        }
+        assert_eq!((message.kind, body), (libc::RTM_NEWTFILTER, bytes(MATCHALL)));
+    }
 }
