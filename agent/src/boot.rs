@@ -9,7 +9,7 @@
 
 use std::{fs, io, os::fd::AsFd, path::Path};
 
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use caisson_netlink::{Socket, link};
 use rustix::{
     fs::{CWD, Mode, OFlags},
     mount::{MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree},
@@ -82,32 +82,11 @@ fn own_root() -> io::Result<()> {
     Ok(rustix::process::chroot(".")?)
 }
 
-/// `ip link set lo up`: one netlink message, see rtnetlink(7). The kernel then gives it 127.0.0.1 and ::1.
+/// The kernel then gives it 127.0.0.1 and ::1.
 fn loopback_up() -> io::Result<()> {
-    const LENGTH: u32 = 32; // struct nlmsghdr (16) and struct ifinfomsg (16)
-    let (up, loopback) = (libc::IFF_UP as u32, 1i32); // lo is always interface 1
-    let mut message = Vec::with_capacity(LENGTH as usize);
-    message.extend(LENGTH.to_ne_bytes());
-    message.extend(libc::RTM_NEWLINK.to_ne_bytes());
-    message.extend(((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
-    message.extend([0; 8]); // sequence number, port
-    message.extend([0; 4]); // family, padding, type
-    message.extend(loopback.to_ne_bytes());
-    message.extend(up.to_ne_bytes()); // flags
-    message.extend(up.to_ne_bytes()); // which of them change
-
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
-    send(fd, &message, MsgFlags::empty())?;
-    let mut answer = [0u8; 128];
-    let length = recv(fd, &mut answer, MsgFlags::empty())?;
-    // struct nlmsgerr follows the header: a negative errno, or 0.
-    let code = answer.get(16..20.min(length)).and_then(|bytes| bytes.try_into().ok()).map(i32::from_ne_bytes);
-    match code {
-        Some(0) => Ok(()),
-        Some(code) => Err(io::Error::from_raw_os_error(code.saturating_neg())),
-        None => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
+    const LOOPBACK: u32 = 1; // always
+    let up = link::set_flags(LOOPBACK, libc::IFF_UP, libc::IFF_UP);
+    Socket::open()?.request(&up).map_err(|refused| refused.error)
 }
 
 /// The kernel's log, in which the agent's own lines appear; None without /dev/kmsg.

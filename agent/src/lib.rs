@@ -20,6 +20,7 @@
 //! | [`seccomp`] | system call filters, compiled for the kernel (pure) |
 //! | [`idmap`], [`rlimits`] | the ids of user namespaces (pure); resource limits |
 //! | [`cgroup`] | cgroup v2 |
+//! | [`network`] | the machine's interfaces, addresses and routes |
 //!
 //! Everything runs on one thread: state changes between two awaits are atomic, and nothing may block it. What can
 //! block (writing file systems back) goes to a thread of its own.
@@ -32,6 +33,7 @@ pub mod handshake;
 pub mod idmap;
 pub mod launch;
 pub mod lifecycle;
+pub mod network;
 pub mod plan;
 pub mod power;
 pub mod reaper;

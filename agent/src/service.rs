@@ -15,8 +15,9 @@ use std::{
 use async_trait::async_trait;
 use caisson_protos::{
     agent::{
-        ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest, PidsResponse, ProcessRequest,
-        ResizePtyRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
+        ConfigureNetworkRequest, ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest,
+        PidsResponse, ProcessRequest, ResizePtyRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest,
+        WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -33,6 +34,7 @@ use crate::{
     blocking,
     containers::{Containers, Error},
     lifecycle::Exit,
+    network::Network,
     streams::Streams,
     transport::{Accept, ByteStream},
 };
@@ -45,6 +47,7 @@ pub type PowerOff = Box<dyn Fn() + Send + Sync>;
 
 struct Service {
     containers: Arc<Containers>,
+    network: Arc<Network>,
     power_off: PowerOff,
     log: Logger,
 }
@@ -63,7 +66,7 @@ pub async fn serve(
 ) -> io::Result<Server> {
     tokio::spawn(take_streams(stdio, streams, log.clone()));
     let listener = ttrpc_listener(calls, log.clone());
-    let service = create_agent(Arc::new(Service { containers, power_off, log }));
+    let service = create_agent(Arc::new(Service { containers, network: Arc::default(), power_off, log }));
     let mut server = Server::new().add_listener(listener).register_service(service);
     server.start().await.map_err(io::Error::other)?;
     Ok(server)
@@ -225,6 +228,18 @@ impl Agent for Service {
     async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> ttrpc::Result<WaitOomResponse> {
         let kills = self.containers.wait_oom(&request.container_id, request.seen).await;
         Ok(WaitOomResponse { kills: self.answer(kills)?, ..Default::default() })
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
+        let network = Arc::clone(&self.network);
+        match tokio::task::spawn_blocking(move || network.configure(&request)).await {
+            Ok(Ok(())) => Ok(Empty::default()),
+            Ok(Err(error)) => {
+                warn!(self.log, "the network cannot be as the host has it"; "error" => %error);
+                Err(status(error.code(), &error))
+            }
+            Err(error) => Err(status(Code::INTERNAL, error)),
+        }
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -4,6 +4,7 @@
 //!   `proto/agent.proto`;
 //! - [`monitor`]: the messages on caisson-vmm's control socket;
 //! - [`guest`]: ports, tags and paths that the host side and the guest side must agree on;
+//! - [`network`]: how large a pod's network may be;
 //! - [`kvm`]: what of the host's KVM a machine needs.
 //!
 //! This crate holds types, constants and their encoding. It does no I/O.
@@ -11,6 +12,7 @@
 pub mod guest;
 pub mod kvm;
 pub mod monitor;
+pub mod network;
 
 #[allow(missing_docs, clippy::all)]
 mod generated {

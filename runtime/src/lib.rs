@@ -5,6 +5,7 @@
 //!     │                                        │ serves
 //!     ├── ttrpc, Task v2/v3 ──► shim::service ─► pod (tasks: who is there; lifecycle: in which state)
 //!     │                                          ├──► vm (supervisor: booting, ready, lost; dial: streams into the guest)
+//!     │                                          ├──► network (the pod's network namespace; not yet used)
 //!     │                                          ├──► rootfs (share, mount, binds)
 //!     │ ◄── shim::events ────────────────────────┤
 //!     │ ◄═══ FIFOs ═══ stdio ════════════════════┘
@@ -12,11 +13,12 @@
 //! ```
 //!
 //! Pure, with property tests: [`shim::flags`], [`shim::options`], [`pod::lifecycle`], [`pod::tasks`], [`pod::metrics`],
-//! [`pod::update`], [`rootfs::mount`]'s plans, [`host::config`], [`spec`].
+//! [`pod::update`], [`network::plan`], [`rootfs::mount`]'s plans, [`host::config`], [`spec`].
 //! Not trusted: containerd's clients in what they ask for, images in their specs, the guest in everything it says.
 
 pub mod cgroup;
 pub mod host;
+pub mod network;
 pub mod pod;
 pub mod resources;
 pub mod rootfs;
