@@ -3,11 +3,14 @@
 use std::{
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    time::{Duration, Instant},
 };
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
 const PORT: u16 = 4000;
+/// How long the link may take to come up.
+const CARRIER_LIMIT: Duration = Duration::from_secs(10);
 
 /// Describes eth0 and brings it up. Then each connection from the host says by its first byte what it wants: an echo of what comes (`e`),
 /// datagrams (`u`), or the end.
@@ -15,6 +18,11 @@ pub fn serve() {
     for name in ["address", "mtu", "carrier", "type"] {
         if name == "carrier" {
             bring_up("eth0");
+            // Linux looks at the link on a work queue of its own.
+            let limit = Instant::now() + CARRIER_LIMIT;
+            while attribute(name) != "1" && Instant::now() < limit {
+                std::thread::yield_now();
+            }
         }
         println!("guest: {name} {}", attribute(name));
     }
