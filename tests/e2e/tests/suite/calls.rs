@@ -18,13 +18,13 @@ use serde_json::json;
 caisson_e2e::for_each_runtime!(
     a_life,
     execs,
-    an_exec_before_the_start,
     a_terminal_of_its_own,
     short_lives,
     deleted_before_its_start,
     update_of_the_period_alone,
 );
-caisson_e2e::caisson_only!(a_life_as_containerd_2_asks);
+// runc's shim of containerd 1.6 does not answer all calls of the second one.
+caisson_e2e::caisson_only!(a_life_as_containerd_2_asks, an_exec_before_the_start);
 
 const LIFE: [&str; 4] = ["/tasks/create ID", "/tasks/start ID", "/tasks/exit ID 7", "/tasks/delete ID 7"];
 const SCRIPT: &str = "echo hello; cat; echo bye >&2; exit 7";
