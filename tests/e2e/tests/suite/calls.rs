@@ -18,13 +18,13 @@ use serde_json::json;
 caisson_e2e::for_each_runtime!(
     a_life,
     execs,
+    an_exec_before_the_start,
     a_terminal_of_its_own,
     short_lives,
     deleted_before_its_start,
     update_of_the_period_alone,
 );
-// runc's shim of containerd 1.6 does not answer all calls of the second one.
-caisson_e2e::caisson_only!(a_life_as_containerd_2_asks, an_exec_before_the_start);
+caisson_e2e::caisson_only!(a_life_as_containerd_2_asks);
 
 const LIFE: [&str; 4] = ["/tasks/create ID", "/tasks/start ID", "/tasks/exit ID 7", "/tasks/delete ID 7"];
 const SCRIPT: &str = "echo hello; cat; echo bye >&2; exit 7";
@@ -238,6 +238,7 @@ fn an_exec_before_the_start(host: &Host) {
     assert_eq!(pod.task.delete("early").expect("Delete"), 5);
     pod.task.start("").expect("Start");
     pod.kill_and_delete();
+    pod.end();
 }
 
 /// An Update of cpu.period keeps the quota, and one of the quota keeps the period.
@@ -259,4 +260,5 @@ fn update_of_the_period_alone(host: &Host) {
     pod.task.update(&serde_json::json!({ "cpu": { "quota": 80_000 } })).expect("Update of the quota");
     expect(80_000, 200_000);
     pod.kill_and_delete();
+    pod.end();
 }
