@@ -1,12 +1,12 @@
 //! What the shim and the agent both read of an OCI specification, so that they read it alike.
 //!
 //! - [`resources`]: `linux.resources` as typed limits, and these as settings for files of cgroup v2;
-//! - [`write`]: writing settings to a cgroup, all or none;
+//! - [`mod@write`]: writing settings to a cgroup, all or none;
 //! - [`cpus`]: lists of processors; [`weights`]: weights of cgroup v1 as those of version 2;
 //! - [`hooks`]: programs to run; [`identifier`]: names of containers and execs.
 //!
 //! The shim's adapter (`runtime/src/cgroup/limits.rs`) adds the pod's overhead to the limits before they become
-//! settings; the agent's (`agent/src/spec/resources`) adds the device rules. Everything but [`write`] is pure.
+//! settings; the agent's (`agent/src/spec/resources`) adds the device rules. Everything but [`mod@write`] is pure.
 
 pub mod cpus;
 pub mod hooks;

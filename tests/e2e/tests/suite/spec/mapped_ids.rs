@@ -130,7 +130,7 @@ fn owners_of_a_volume_are_mapped(host: &Host) {
 
     // A user whom the volume does not know makes nothing, even where everybody may.
     fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("root may do so");
-    let stranger = given(host, "stranger", "echo x > /v/strange 2>/dev/null || echo refused")
+    let stranger = given(host, "stranger", "(echo x > /v/strange) 2>/dev/null || echo refused")
         .set("/process/user", json!({ "uid": 5000, "gid": 5000 }))
         .set("/process/capabilities", json!({}));
     assert_eq!(run(with_volume(stranger, &directory)), "refused\n");
