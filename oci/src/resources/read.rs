@@ -199,7 +199,7 @@ fn limit(field: &str, value: Option<i64>) -> Result<Option<Limit>> {
 /// The specification's swap is memory and swap together; v2 counts swap alone.
 fn swap(memory: Option<Limit>, both: Option<i64>) -> Result<Option<Limit>> {
     match (memory, both.filter(|both| *both != 0)) {
-        // Whoever takes the limit of memory away and does not speak of swap means both.
+        // Without a limit of memory, and with none named for swap, neither has a limit.
         (Some(Limit::Unlimited), None) | (_, Some(-1)) => Ok(Some(Limit::Unlimited)),
         (_, None) => Ok(None),
         (memory, Some(both)) => {

@@ -99,7 +99,7 @@ impl Address {
     /// Whether two addresses of one interface are alike but for state and the rest of a lifetime.
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {
-        let told = |address: &Self| Self {
+        let comparable = |address: &Self| Self {
             // That of an IPv6 address follows from the address.
             scope: if address.ip.is_ipv4() { address.scope } else { 0 },
             flags: address.flags & KEPT_FLAGS,
@@ -107,7 +107,7 @@ impl Address {
             preferred: if address.preferred == FOREVER { FOREVER } else { 0 },
             ..address.clone()
         };
-        told(self) == told(other)
+        comparable(self) == comparable(other)
     }
 
     fn message(&self, kind: u16, flags: i32) -> Message {

@@ -12,7 +12,7 @@
 //! not used: they add 0.7 MiB to the agent, most of it for kinds of links that no guest has, and one attribute that they cannot
 //! parse fails the whole message.
 //!
-//! A socket belongs to the network namespace of the thread that opens it, for good: whoever holds it needs no thread there.
+//! A socket belongs to the network namespace of the thread that opens it, for good: its holder needs no thread there.
 
 pub mod address;
 pub mod link;

@@ -236,8 +236,9 @@ impl Route {
     /// Whether two routes are alike but for the rest of a lifetime.
     #[must_use]
     pub fn is_like(&self, other: &Self) -> bool {
-        let told = |route: &Self| Self { expires: if route.expires == FOREVER { FOREVER } else { 0 }, ..route.clone() };
-        told(self) == told(other)
+        let comparable =
+            |route: &Self| Self { expires: if route.expires == FOREVER { FOREVER } else { 0 }, ..route.clone() };
+        comparable(self) == comparable(other)
     }
 }
 

@@ -161,7 +161,7 @@ pub fn start_with(descriptors: [(Option<&OwnedFd>, i32); 3], arguments: &[&str])
                 }
                 libc::close(from);
             }
-            // Whoever started the tests may have left something there.
+            // The parent of the tests may have left something there.
             for number in (3..=5).filter(|number| pass.iter().all(|(_, to)| to != number)) {
                 libc::close(number);
             }

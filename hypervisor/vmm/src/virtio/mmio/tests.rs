@@ -234,7 +234,7 @@ fn a_malformed_chain_stops_the_device_until_the_reset() {
     assert_eq!(machine.used(), 1);
 }
 
-/// Watches a descriptor while it is active, and counts what it hears.
+/// Watches a descriptor while it is active, and counts its events.
 struct Listener {
     event: EventFd,
     heard: std::sync::Arc<AtomicU64>,

@@ -172,7 +172,7 @@ impl Sources {
         if is_fragment {
             return Err(Spoofed::Neighbour);
         }
-        // An advertisement claims the target, and so does a solicitation from nobody: whoever else tests that address for
+        // An advertisement claims the target, and so does a solicitation from nobody: another machine that tests that address for
         // being free takes it as taken (RFC 4862, 5.4.3).
         let claims = kind == NEIGHBOUR_ADVERTISEMENT || unspecified && kind == NEIGHBOUR_SOLICITATION;
         if claims && target.is_some_and(|target| !self.ipv6.contains(&target)) {

@@ -390,7 +390,7 @@ fn queue(memory: &GuestMemory, base: u64, size: u16, features: u64) -> VirtQueue
     queue
 }
 
-/// A frame from the peer to `destination`, with a payload that can be told from others.
+/// A frame from the peer to `destination`, with a payload that differs from others.
 pub fn frame(destination: Mac, len: usize) -> Vec<u8> {
     let mut frame = [destination, PEER].concat();
     frame.extend([0x08, 0x00]);

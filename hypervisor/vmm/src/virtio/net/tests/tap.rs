@@ -207,7 +207,7 @@ fn a_host_that_floods_fills_the_tap_s_queue_and_no_more() {
     await_frame(&mut driver, [8, 0]);
     let mut sent = 0;
     for _ in 0..5000 {
-        // The tap drops what it has no room for; the socket hears nothing of that.
+        // The tap drops what it has no room for; the socket gets no error for that.
         sent += usize::from(socket.send_to(&[7; 1000], SocketAddrV4::new(GUEST, PORT)).is_ok());
     }
     assert!(sent > 4000);
