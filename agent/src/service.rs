@@ -232,7 +232,7 @@ impl Agent for Service {
 
     async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
         let network = Arc::clone(&self.network);
-        match tokio::task::spawn_blocking(move || network.configure(&request)).await {
+        match blocking::run(move || network.configure(&request)).await {
             Ok(Ok(())) => Ok(Empty::default()),
             Ok(Err(error)) => {
                 warn!(self.log, "the network cannot be as the host has it"; "error" => %error);

@@ -25,7 +25,7 @@ use std::{
 
 use fuse_backend_rs::{abi::fuse_abi::stat64, api::filesystem::Entry};
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Statx, openat, openat2, readlinkat},
+    fs::{FileType, Mode, OFlags, ResolveFlags, Statx, openat, openat2, readlinkat},
     io::Errno,
     path::DecInt,
 };
@@ -418,14 +418,6 @@ impl Tree {
 /// Whether the file has other names (a directory counts those that `..` gives it).
 fn has_links(stat: &Statx) -> bool {
     stat.stx_nlink > 1 && kind(stat) != FileType::Directory
-}
-
-/// Opens the process's table of descriptors; before the jail, which has no /proc.
-///
-/// # Errors
-/// The system call's.
-pub fn open_proc_fds() -> Result<OwnedFd, Errno> {
-    openat(CWD, c"/proc/self/fd", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// Checks that a name is one.

@@ -13,12 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use caisson_fsd::{
-    budget::Budget,
-    files::OpenFiles,
-    handshake::Sharing,
-    tree::{Tree, open_proc_fds},
-};
+use caisson_fsd::{budget::Budget, files::OpenFiles, handshake::Sharing, tree::Tree};
 use rustix::{
     fs::{AtFlags, CWD, FlockOperation, IFlags, StatxFlags, flock, ioctl_getflags, ioctl_setflags, statx},
     io::Errno,
@@ -377,8 +372,9 @@ fn each_file_system_is_synced() {
         std::os::unix::net::UnixListener::bind(volume.join("socket")).unwrap();
     }
     let root = File::open(stage.shared()).unwrap().into();
+    let proc_fds = File::open("/proc/self/fd").unwrap().into();
     let files = Arc::new(OpenFiles::new(Budget::new(1000)));
-    let tree = Tree::new(root, open_proc_fds().unwrap(), files, 0, Sharing::WithHost).unwrap();
+    let tree = Tree::new(root, proc_fds, files, 0, Sharing::WithHost).unwrap();
     let volumes = [c"one", c"two"].map(|name| tree.lookup(ROOT, name).unwrap().inode);
     for volume in volumes {
         for n in 0..50 {

@@ -1,4 +1,4 @@
-//! What the agent is told.
+//! The message for the agent.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -143,7 +143,7 @@ fn route(route: &Route, names: &HashMap<u32, &str>, state: &State) -> Result<Opt
 
 /// Whether two messages are alike but for the rest of lifetimes, which changes all the time.
 pub(super) fn is_like(one: &ConfigureNetworkRequest, other: &ConfigureNetworkRequest) -> bool {
-    let told = |message: &ConfigureNetworkRequest| {
+    let comparable = |message: &ConfigureNetworkRequest| {
         let mut message = message.clone();
         for address in message.interfaces.iter_mut().flat_map(|interface| &mut interface.addresses) {
             address.valid_seconds = address.valid_seconds.min(1);
@@ -154,5 +154,5 @@ pub(super) fn is_like(one: &ConfigureNetworkRequest, other: &ConfigureNetworkReq
         }
         message
     };
-    told(one) == told(other)
+    comparable(one) == comparable(other)
 }

@@ -85,7 +85,7 @@ pub struct Change {
     pub appeared: Vec<Card>,
     /// Hardware addresses of cards to be removed after the message is sent.
     pub gone: Vec<[u8; 6]>,
-    /// What the agent is to be told.
+    /// The message for the agent.
     pub message: ConfigureNetworkRequest,
 }
 
@@ -147,7 +147,7 @@ pub fn clean(namespace: File) -> Result<(), NetworkError> {
     let mut socket = socket.map_err(system("enter it"))?;
     for link in state::links(&mut socket).map_err(system("read the interfaces"))? {
         if plan::is_tap(&link) {
-            // Whoever still has it open is of a pod that is gone.
+            // A process that still has it open is of a pod that is gone.
             let _ = socket.request(&link::remove(link.index));
         } else {
             redirect::remove_left(&mut socket, link.index);

@@ -101,7 +101,7 @@ fn connect(wish: &[u8]) -> TcpStream {
     stream
 }
 
-/// Sends bytes that can be told from others and gets them back.
+/// Sends bytes that differ with `seed` and gets them back.
 fn echo(seed: usize, len: usize) {
     let sent: Vec<u8> = (0..len).map(|n| ((n + seed) % 251) as u8).collect();
     let mut stream = connect(b"e");
