@@ -51,6 +51,13 @@ pub fn create(name: &str, queues: usize, mtu: u16, host: Ipv4Addr) -> Vec<OwnedF
     taps
 }
 
+/// Whether this thread's network namespace has such an interface.
+pub fn exists(name: &str) -> bool {
+    let name = std::ffi::CString::new(name).expect("no zero in it");
+    // SAFETY: a C string that outlives the call.
+    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
+}
+
 fn request(name: &str) -> libc::ifreq {
     // SAFETY: a zeroed ifreq is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
