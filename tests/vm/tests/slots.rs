@@ -14,7 +14,7 @@ use caisson_protos::{
 use caisson_vm_tests::{
     environment::LIMIT,
     guests, kernel,
-    linux::{Guest, scenario},
+    linux::{Guest, fact, scenario},
     monitor::{Monitor, machine, read_until},
     streams::dial,
     tap,
@@ -258,8 +258,13 @@ fn the_guest_sees_whether_there_is_a_link() {
     for up in [false, true, false, true] {
         link(&mut machine, up);
     }
+    let changed = machine.guest.monitor.stats();
+    assert!(changed.interrupts >= before.interrupts + 4 && changed.vcpu_exits > before.vcpu_exits, "{changed:?}");
+    // The guest has acknowledged that; what acknowledges packets comes out no more.
     echo(1, MIB);
-    assert!(machine.guest.monitor.stats().interrupts >= before.interrupts + 4);
+    let after = machine.guest.monitor.stats();
+    let (interrupts, exits) = (after.interrupts - changed.interrupts, after.vcpu_exits - changed.vcpu_exits);
+    assert!(exits * 4 < interrupts, "{exits} exits with {interrupts} interrupts");
     for wrong in [Slot(0), Slot(FIRST + 1), Slot(255)] {
         let error = machine.guest.monitor.call(Request::SetLink { slot: wrong, up: true }).unwrap_err();
         assert!(error.contains(&format!("{wrong}: no network device in it: use {FIRST}")), "{error}");
@@ -379,7 +384,7 @@ fn a_device_that_cannot_be_attached_leaves_the_machine_as_it_was() {
 /// A guest's kernel looks at each slot once at boot, and finds that out from memory.
 #[test]
 fn empty_slots_cost_no_exit_at_boot() {
-    let exits = |empty_network_slots: u8| {
+    let boot = |empty_network_slots: u8| {
         let (mut machine, console) = scenario("describe");
         machine.empty_network_slots = empty_network_slots;
         let mut guest = Guest::start((machine, console));
@@ -387,10 +392,10 @@ fn empty_slots_cost_no_exit_at_boot() {
         assert!(said.contains("guest: passed"), "{said}");
         let (_, log) = guest.monitor.exit_notice_and_log();
         let exits = log.split("vcpu_exits=").nth(1).and_then(|rest| rest.split_whitespace().next());
-        exits.expect("exits in the log").parse::<u64>().unwrap()
+        (exits.expect("exits in the log").parse::<u64>().unwrap(), fact(&said, "up"))
     };
-    let (without, with) = (exits(0), exits(8));
-    eprintln!("exits of a guest without empty slots {without}, with 8 of them {with}");
+    let ((without, up_without), (with, up_with)) = (boot(0), boot(8));
+    eprintln!("exits without empty slots {without}, with 8 {with}; up after {up_without} and {up_with} us");
     // A register that is read costs none, and none is written. The rest is output, which is the same, and timers.
     assert!(with < without + 8, "{without} exits without empty slots, {with} with 8 of them");
 }

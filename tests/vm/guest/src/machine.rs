@@ -20,8 +20,18 @@ pub fn take_console() {
     }
 }
 
+/// Microseconds since the kernel began to count.
+fn uptime() -> i64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call fills a timespec.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+    assert_eq!(result, 0, "CLOCK_BOOTTIME");
+    time.tv_sec * 1_000_000 + time.tv_nsec / 1000
+}
+
 /// Prints what the host wants to compare.
 pub fn describe() {
+    println!("guest: up {}", uptime());
     let read = |path: &str| fs::read_to_string(path).expect(path).trim().to_owned();
     let memory = read("/proc/meminfo");
     let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")).expect("MemTotal");
