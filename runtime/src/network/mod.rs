@@ -18,6 +18,7 @@ mod lab;
 mod message;
 mod namespace;
 mod plan;
+mod policy;
 mod redirect;
 mod tap;
 #[cfg(test)]
@@ -32,6 +33,7 @@ use caisson_protos::agent::ConfigureNetworkRequest;
 pub use self::{
     namespace::Namespace,
     plan::{Interface, Plan, Refusal, plan},
+    policy::{InvalidBandwidth, Policy},
     watch::Watch,
 };
 use self::{redirect::Redirect, tap::Tap};
