@@ -19,6 +19,7 @@ use crate::{
         paths::{PodPaths, allow_missing},
         processes::{self, Member},
     },
+    network::{self, NetworkError, Record},
     pod::lifecycle::KILLED,
     shim::{events::timestamp, flags::Flags, orphans},
 };
@@ -48,7 +49,7 @@ pub fn delete(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         }
     }
     let response = DeleteResponse {
-        pid: members.iter().find(|member| member.role == "vmm").map_or(0, |member| member.pid),
+        pid: members.iter().find(|member| member.role == processes::TASK).map_or(0, |member| member.pid),
         exit_status: KILLED,
         exited_at: timestamp(SystemTime::now()),
         ..DeleteResponse::default()
@@ -61,13 +62,25 @@ fn clear(paths: &PodPaths, socket: &Path) -> anyhow::Result<Vec<Member>> {
     let members = processes::recorded(&paths.processes());
     let left = processes::end(&members, LIMIT);
     let cgroup = cgroup::recorded(&paths.cgroup()).map_or(Ok(()), |path| cgroup::remove(&path));
+    let network = clean_network(paths);
     allow_missing(fs::remove_file(socket))?;
     remove(paths)?;
     if !left.is_empty() {
         anyhow::bail!("processes of {} outlived SIGKILL for {LIMIT:?}: {left:?}", paths.pod().display());
     }
     cgroup?;
+    network?;
     Ok(members)
+}
+
+/// Takes the pod's taps and filters out of a network namespace that outlives it, unless another pod has it by now.
+fn clean_network(paths: &PodPaths) -> Result<(), NetworkError> {
+    let Some(record) = Record::read(&paths.network()) else { return Ok(()) };
+    let mut others = paths.others().filter_map(|other| Record::read(&other.network()));
+    if others.any(|other| other.identity == record.identity) {
+        return Ok(());
+    }
+    record.namespace().map_or(Ok(()), |namespace| network::clean(&namespace))
 }
 
 /// The kernel takes a mount namespace down a moment after its last process has ended; until then its mount points are busy.
@@ -121,9 +134,10 @@ mod tests {
         orphan.create(Path::new("/no/such/bundle"), &its_socket).unwrap();
         let mut vmm = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
         let member = processes::Member::of("vmm", vmm.id()).unwrap();
-        processes::record(&paths.processes(), std::slice::from_ref(&member)).unwrap();
+        let task = Member { role: processes::TASK.into(), pid: 4711, started: 0 };
+        processes::record(&paths.processes(), &[member, task]).unwrap();
         let reaper = std::thread::spawn(move || vmm.wait().unwrap());
-        for pid in [member.pid, 0] {
+        for pid in [4711, 0] {
             let response = DeleteResponse::parse_from_bytes(&delete(&flags).unwrap()).unwrap();
             assert_eq!((response.pid, response.exit_status), (pid, 137));
         }
