@@ -264,8 +264,18 @@ fn what_a_killed_shim_has_left_is_replaced_or_removed() {
     assert_eq!((again.len(), pod.traffic("eth0")), (1, (true, 1)));
     std::mem::forget(watch);
     clean(&pod.namespace()).unwrap();
-    assert_eq!((pod.names(), pod.traffic("eth0").1), (vec!["lo".to_owned(), "eth0".to_owned()], 0));
+    assert_eq!((pod.names(), pod.traffic("eth0")), (vec!["lo".to_owned(), "eth0".to_owned()], (false, 0)));
     drop((cards, again));
+    // Filters of others stay, and the place that they are in.
+    for direction in ["ingress", "egress"] {
+        pod.tc("qdisc add dev eth0 clsact");
+        let action = "pref 7 protocol all u32 match u32 0 0 action mirred egress mirror dev lo";
+        pod.tc(&format!("filter add dev eth0 {direction} {action}"));
+        std::mem::forget(join_space(&pod).unwrap());
+        clean(&pod.namespace()).unwrap();
+        assert_eq!(pod.traffic("eth0"), (true, usize::from(direction == "ingress")));
+        pod.tc("qdisc delete dev eth0 clsact");
+    }
 }
 
 #[test]

@@ -145,4 +145,33 @@ mod tests {
         assert!(!socket.exists() && !paths.pod().exists());
         assert!(!its_socket.exists() && !orphan.pod().exists(), "the orphan went with it");
     }
+
+    #[test]
+    fn the_network_namespace_of_a_crashed_pod_is_as_it_was_unless_another_pod_has_it() {
+        let state = tempfile::tempdir().unwrap();
+        let namespace = network::Namespace::new().expect("these tests run as root");
+        let thread = namespace.task_thread().unwrap();
+        let path = PathBuf::from(format!("/proc/{}/ns/net", thread.pid()));
+        let ip = |words: &str| {
+            let run = || std::process::Command::new("ip").args(words.split(' ')).output().unwrap();
+            let output = namespace.run(run).unwrap();
+            assert!(output.status.success(), "{words}: {output:?}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        ip("link add eth0 type bridge");
+        let settings = network::Settings { queues: 1, cards: 8, descriptors: 8 };
+        // What a killed shim does not drop; the cards are its monitor's, which lives a little longer.
+        std::mem::forget(network::join(namespace.clone(), settings).unwrap());
+        let record = Record { identity: namespace.identity().unwrap(), path };
+        let [one, two] = ["one", "two"].map(|id| PodPaths::new(state.path(), "ns", id));
+        for pod in [&one, &two] {
+            pod.create(Path::new("/bundle"), Path::new("/socket")).unwrap();
+            record.write(&pod.network()).unwrap();
+        }
+        clear(&one, Path::new("/no/such/socket")).unwrap();
+        assert!(ip("-br link").contains("ctap"), "it is the other pod's by now");
+        clear(&two, Path::new("/no/such/socket")).unwrap();
+        let left = ip("-br link");
+        assert!(left.contains("eth0") && !left.contains("ctap"), "{left}");
+    }
 }
