@@ -37,11 +37,18 @@ pub fn enter_new() {
 /// # Panics
 /// If it fails.
 pub fn ip(words: &str) -> String {
-    output(Command::new("ip").args(words.split(' ')), None)
+    output(Command::new("ip").args(words.split(' ')))
 }
 
 /// Runs a program to its end; its standard output.
-fn output(command: &mut Command, input: Option<&str>) -> String {
+///
+/// # Panics
+/// If it fails.
+pub fn output(command: &mut Command) -> String {
+    output_of(command, None)
+}
+
+fn output_of(command: &mut Command, input: Option<&str>) -> String {
     let call = format!("{command:?}");
     command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
@@ -64,15 +71,21 @@ pub fn bridge(host: &Host, net: u8) -> Value {
     })
 }
 
-/// host-local's part of a configuration: `10.88.NET.0/24` and `fd00:88:NET::/64`.
+/// host-local's part of a configuration: `10.88.NET.0/24` and `fd00:88:NET::/64`, and default routes.
 pub fn addresses(host: &Host, net: u8) -> Value {
+    let mut addresses = range(host, net);
+    addresses["routes"] = json!([{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }]);
+    addresses
+}
+
+/// The same without routes.
+pub fn range(host: &Host, net: u8) -> Value {
     json!({
         "type": "host-local", "dataDir": host.directory().join("addresses"),
         "ranges": [
             [{ "subnet": format!("10.88.{net}.0/24") }],
             [{ "subnet": format!("fd00:88:{net}::/64") }],
         ],
-        "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
     })
 }
 
@@ -142,7 +155,7 @@ impl Netns {
         let mut command = Command::new(Path::new(PLUGINS).join(kind));
         command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", &self.name).env("CNI_NETNS", self.path());
         command.env("CNI_IFNAME", interface).env("CNI_PATH", PLUGINS);
-        output(&mut command, Some(&configuration.to_string()))
+        output_of(&mut command, Some(&configuration.to_string()))
     }
 
     /// A command in it.
@@ -154,12 +167,12 @@ impl Netns {
 
     /// Runs `ip` with these words in it.
     pub fn ip(&self, words: &str) -> String {
-        output(self.command("ip").args(words.split(' ')), None)
+        output(self.command("ip").args(words.split(' ')))
     }
 
     /// Runs busybox' shell in it, the same program that the busybox image has.
     pub fn sh(&self, script: &str) -> String {
-        output(self.command("/bin/busybox").args(["sh", "-c", script]), None)
+        output(self.command("/bin/busybox").args(["sh", "-c", script]))
     }
 
     /// All that a runtime may leave in it: interfaces, addresses, routes, rules, queueing disciplines and filters.
@@ -168,13 +181,13 @@ impl Netns {
         for words in ["-d -o link", "-o address", "-4 route show table all", "-6 route show table all", "rule"] {
             state += &self.ip(words);
         }
-        state += &output(self.command("tc").args(["qdisc", "show"]), None);
+        state += &output(self.command("tc").args(["qdisc", "show"]));
         let names = self.ip("-o link");
         for name in names.lines().filter_map(|line| line.split(": ").nth(1)?.split('@').next()) {
-            state += &output(self.command("tc").args(["filter", "show", "dev", name, "ingress"]), None);
+            state += &output(self.command("tc").args(["filter", "show", "dev", name, "ingress"]));
         }
-        // Lifetimes run.
-        state.split_inclusive('\n').filter(|line| !line.contains("expires")).collect()
+        // Lifetimes run, and the kernel may still look for duplicates.
+        state.replace(" tentative", "").split_inclusive('\n').filter(|line| !line.contains("expires")).collect()
     }
 }
 

@@ -1,13 +1,15 @@
 //! Pods on a bridge, with IPv4 and IPv6, and pods without any network.
 
+use std::{fs, os::unix::fs::MetadataExt, process::Command};
+
 use caisson_e2e::{
     Host,
-    network::{self, Netns, ips},
+    network::{self, Netns, ips, output},
 };
 
 use super::*;
 
-caisson_e2e::for_each_runtime!(two_pods in setup(), none in setup());
+caisson_e2e::for_each_runtime!(two_pods in setup(), none in setup(), the_tasks_pid in setup());
 
 /// A pod in a network namespace that is there already, as CRI has it.
 fn start<'a>(host: &'a Host, name: &str, netns: &Netns) -> Pod<'a> {
@@ -42,6 +44,21 @@ fn two_pods(host: &Host) {
     }
     host.expect_nothing_left();
     assert_eq!([one.state(), two.state()], before, "the namespaces are as they were");
+}
+
+/// What is done to the network namespace of the task's pid, as `ctr run --cni`, nerdctl and Docker do it.
+fn the_tasks_pid(host: &Host) {
+    let pod = host.container("pid").start_idle();
+    let tasks = host.ctr_output(["task", "list"]).succeeded();
+    let line = tasks.lines().find(|line| line.starts_with(&pod.id)).expect("the task is listed");
+    let pid = line.split_whitespace().nth(1).expect("its pid");
+    let path = format!("/proc/{pid}/ns/net");
+    let inode = |path: &str| fs::metadata(path).map(|file| file.ino()).ok();
+    assert!(inode(&path).is_some() && inode(&path) != inode("/proc/thread-self/ns/net"), "{path}");
+    let seen = output(Command::new("nsenter").arg(format!("--net={path}")).args(["ip", "-br", "link"]));
+    assert!(seen.starts_with("lo ") && seen.contains("UP") && seen.lines().count() == 1, "{seen}");
+    assert_eq!(pod.end().code, Some(137));
+    assert_eq!(inode(&path), None, "the pid has gone with the task");
 }
 
 fn none(host: &Host) {

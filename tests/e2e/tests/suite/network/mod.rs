@@ -2,6 +2,7 @@
 //! does is the measure here, too.
 
 mod bridge;
+mod kinds;
 
 use caisson_e2e::{
     Finished, Pod, Setup,
