@@ -11,6 +11,7 @@ mod isolation;
 mod lifecycle;
 mod many;
 mod matrix;
+mod network;
 mod refusals;
 mod resources;
 mod spec;
