@@ -180,6 +180,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
             .filter_map(|(tag, server)| Some(caisson_vmm_client::Share { tag: tag.into(), server: server? }))
             .collect(),
         networks: cards.into_iter().flatten().map(device).collect(),
+        empty_network_slots: 0,
     };
     control::configure_and_start(&control, machine)?;
 
