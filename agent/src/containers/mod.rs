@@ -26,14 +26,14 @@ use error::Result;
 use process::Process;
 use share::Mounts;
 pub use share::Share;
-use slog::{Logger, debug, info};
+use slog::{Logger, debug, info, warn};
 use tokio::sync::RwLock;
 
 use crate::{
     cgroup::{Cgroup, Cgroups},
     launch::Launcher,
     lifecycle::{Exit, StateError},
-    plan::NamespacePlan,
+    plan::{NamespaceKind, NamespacePlan},
     seccomp::Filter,
     spec::process::Inherited,
     stdio::HostStreams,
@@ -97,10 +97,27 @@ impl Containers {
     /// A child has ended. Called by the reaper for every one.
     pub fn reaped(&self, pid: i32, exit: Exit) {
         // Taken while a process is started, so that one that ends at once is found here.
-        match lock(&self.by_pid).remove(&pid) {
-            Some(process) => process.exited(exit),
+        let process = lock(&self.by_pid).remove(&pid);
+        match process {
+            Some(process) => {
+                self.end_with(&process);
+                process.exited(exit);
+            }
             // A stage whose child has taken its place, too.
             None => debug!(self.log, "reaped an orphan"; "pid" => pid, "status" => exit.status),
+        }
+    }
+
+    /// A container ends with its init process. The kernel kills the others where that was process 1 of a pid namespace; in
+    /// the namespace of another container they are killed here, and only they: those of the container's cgroup.
+    fn end_with(&self, init: &Arc<Process>) {
+        let container = lock(&self.map).values().find(|container| Arc::ptr_eq(&container.init, init)).cloned();
+        let Some(container) = container.filter(|container| container.namespaces.joins(NamespaceKind::Pid)) else {
+            return;
+        };
+        let cgroup = lock(&container.cgroup).clone();
+        if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.kill()) {
+            warn!(self.log, "processes of an ended container are left"; "container" => &container.id, "error" => %error);
         }
     }
 

@@ -208,6 +208,26 @@ async fn a_container_in_anothers_pid_namespace_has_proc_hooks_clocks_and_a_termi
 }
 
 #[tokio::test]
+async fn what_a_container_leaves_in_anothers_pid_namespace_ends_with_it() {
+    let pod = Pod::start().await;
+    pod.start_sleeper("first").await;
+    // One has left its session, one its parent; both keep the output open.
+    let mut spec = shell("(sleep 2000 &) ; sleep 3000 & exec sh -c 'exit 3'");
+    let joins = join(&mut spec, &["pid"], "first");
+    let (stdio, streams) = pod.stdio(false).await;
+    pod.create_request(CreateRequest { joins, stdio: Some(stdio).into(), ..request("second", &spec) }).await.unwrap();
+    pod.start_process("second", "").await.unwrap();
+    assert_eq!(pod.wait("second", "").await.unwrap().exit_status, 3);
+    // It ends when the last process that holds it has ended; Delete comes later.
+    assert_eq!(read_all(streams.stdout).await, "");
+    assert_eq!(pod.pids("first").await.unwrap().len(), 1, "the other container's process goes on");
+    pod.delete("second", "").await.unwrap();
+    // Those that nobody has waited for, which is the other container's first process's business, show no arguments.
+    let others = pod.run_exec("first", "e", &exec_shell("ps -o args | grep '[s]leep [0-9]'")).await;
+    assert_eq!(others.stdout, "sleep 1000\n");
+}
+
+#[tokio::test]
 async fn a_hook_in_anothers_pid_namespace_fails_its_container_and_says_why() {
     let pod = Pod::start().await;
     pod.start_sleeper("first").await;
