@@ -175,15 +175,6 @@ impl Containers {
         }
     }
 
-    /// Ends a process's input.
-    ///
-    /// # Errors
-    /// If it is unknown.
-    pub fn close_stdin(&self, container: &str, exec: &str) -> Result<()> {
-        self.process(container, exec)?.close_stdin();
-        Ok(())
-    }
-
     /// Lists a container's processes.
     ///
     /// # Errors
@@ -219,13 +210,10 @@ impl Containers {
         if stdio.terminal && stdio.stderr_port != 0 {
             return Err(Error::StderrWithTerminal(stdio.stderr_port));
         }
-        let both_ways = stdio.terminal && stdio.stdin_port != 0 && stdio.stdin_port == stdio.stdout_port;
-        let stdin_port = if both_ways { 0 } else { stdio.stdin_port };
         Ok(HostStreams {
-            stdin: self.streams.claim("stdin", stdin_port).await?,
+            stdin: self.streams.claim("stdin", stdio.stdin_port).await?,
             stdout: self.streams.claim("stdout", stdio.stdout_port).await?,
             stderr: self.streams.claim("stderr", stdio.stderr_port).await?,
-            both_ways,
         })
     }
 
