@@ -188,11 +188,6 @@ impl Agent for Service {
         Ok(Empty::default())
     }
 
-    async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
-        self.answer(self.containers.close_stdin(&request.container_id, &request.exec_id))?;
-        Ok(Empty::default())
-    }
-
     async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<PidsResponse> {
         let processes = self.answer(self.containers.pids(&request.container_id))?;
         Ok(PidsResponse { processes, ..Default::default() })
