@@ -5,25 +5,35 @@
 //!   the taps are there, the machine has its cards              each change goes to the guest      the namespace is as it was
 //! ```
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex as SyncMutex},
+};
 
-use caisson_protos::agent::{ConfigureNetworkRequest, NetworkInterface};
+use caisson_protos::{
+    agent::{BindDevicesRequest, ConfigureNetworkRequest, NetworkInterface},
+    guest::Slot,
+};
+use caisson_vmm_client::CallError;
 use slog::error;
 use tokio::{sync::Mutex, task::JoinHandle};
 
-use super::{Pod, no_deadline};
+use super::{Pod, lock, no_deadline};
 use crate::{
     host::namespaces::on_own_thread,
-    network::{Card, Change, Namespace, Watch},
+    network::{Card, Change, Namespace, Policy, Watch},
     shim::errors::TaskError,
-    vm::supervisor::Machine,
+    vm::{launch::device, supervisor::Machine},
 };
 
 /// See the module.
 #[derive(Debug)]
 pub struct PodNetwork {
     namespace: Namespace,
+    policy: Policy,
     state: Mutex<State>,
+    /// Where the machine has the cards with these hardware addresses.
+    slots: SyncMutex<BTreeMap<[u8; 6], Slot>>,
 }
 
 #[derive(Debug)]
@@ -35,8 +45,14 @@ enum State {
 
 impl PodNetwork {
     /// A network namespace whose interfaces are joined, and what the guest is to know of it.
-    pub fn new(namespace: Namespace, message: ConfigureNetworkRequest, watch: Watch) -> Self {
-        Self { namespace, state: Mutex::new(State::Joined { message, watch: Box::new(watch) }) }
+    pub fn new(namespace: Namespace, policy: Policy, message: ConfigureNetworkRequest, watch: Watch) -> Self {
+        let state = Mutex::new(State::Joined { message, watch: Box::new(watch) });
+        Self { namespace, policy, state, slots: SyncMutex::default() }
+    }
+
+    /// The machine has a card with this hardware address.
+    pub fn has_card(&self, mac: [u8; 6], slot: Slot) {
+        lock(&self.slots).insert(mac, slot);
     }
 
     /// The network namespace.
@@ -93,11 +109,12 @@ impl Pod {
     }
 
     async fn change_network(&self, machine: &Machine, change: Change) -> Result<(), TaskError> {
+        self.set_sources(machine, &change.message).await?;
         let message = self.attach(machine, change.appeared, change.message).await;
         let configure = machine.agent.configure_network(no_deadline(), &message);
         self.agent_call("ConfigureNetwork", configure).await?;
         for mac in change.gone {
-            self.detach_card(mac)?;
+            self.detach_card(machine, mac).await?;
         }
         Ok(())
     }
@@ -111,7 +128,8 @@ impl Pod {
     ) -> ConfigureNetworkRequest {
         for card in cards {
             let (name, mac) = (card.name.clone(), card.mac);
-            if let Err(error) = self.attach_card(machine, card).await {
+            let interface = message.interfaces.iter().find(|interface| interface.mac == mac);
+            if let Err(error) = self.attach_card(machine, card, interface).await {
                 error!(self.log, "the machine cannot have a network card"; "interface" => &name, "error" => %error);
                 leave_out(&mut message, &name, mac);
             }
@@ -119,14 +137,48 @@ impl Pod {
         message
     }
 
-    /// Gives the running machine a card.
-    async fn attach_card(&self, _machine: &Machine, _card: Card) -> Result<(), TaskError> {
-        Err(TaskError::unimplemented("a network interface that comes after the machine's start"))
+    /// Gives the running machine a card, and waits until the guest has it.
+    async fn attach_card(
+        &self,
+        machine: &Machine,
+        card: Card,
+        interface: Option<&NetworkInterface>,
+    ) -> Result<(), TaskError> {
+        let Some(network) = &self.network else { return Ok(()) };
+        let mac = card.mac;
+        let monitor = machine.monitor().map_err(from_monitor)?;
+        let slot = monitor.attach_network(device(card, &network.policy, interface)).await.map_err(from_monitor)?;
+        network.has_card(mac, slot);
+        let bind = BindDevicesRequest { bind: vec![slot.0.into()], ..BindDevicesRequest::default() };
+        let bound = self.agent_call("BindDevices", machine.agent.bind_devices(no_deadline(), &bind)).await;
+        if bound.is_err() {
+            self.detach_card(machine, mac).await?;
+        }
+        bound.map(drop)
     }
 
-    /// Takes a card from the running machine. The guest does not use it any more.
-    fn detach_card(&self, _mac: [u8; 6]) -> Result<(), TaskError> {
+    /// The addresses from which the cards of the machine may send, where that is of interest.
+    async fn set_sources(&self, machine: &Machine, message: &ConfigureNetworkRequest) -> Result<(), TaskError> {
+        let Some(network) = &self.network else { return Ok(()) };
+        for interface in &message.interfaces {
+            let slot = <[u8; 6]>::try_from(interface.mac.as_slice()).ok();
+            let slot = slot.and_then(|mac| lock(&network.slots).get(&mac).copied());
+            if let (Some(slot), Some(sources)) = (slot, network.policy.sources(Some(interface))) {
+                machine.monitor().map_err(from_monitor)?.set_sources(slot, sources).await.map_err(from_monitor)?;
+            }
+        }
         Ok(())
+    }
+
+    /// Takes a card from the running machine, whose guest has lost its addresses.
+    async fn detach_card(&self, machine: &Machine, mac: [u8; 6]) -> Result<(), TaskError> {
+        let slot = self.network.as_ref().and_then(|network| lock(&network.slots).remove(&mac));
+        let Some(slot) = slot else { return Ok(()) };
+        let unbind = BindDevicesRequest { unbind: vec![slot.0.into()], ..BindDevicesRequest::default() };
+        let unbound = self.agent_call("BindDevices", machine.agent.bind_devices(no_deadline(), &unbind)).await;
+        // The card goes even if the guest wants to keep it.
+        machine.monitor().map_err(from_monitor)?.detach_network(slot).await.map_err(from_monitor)?;
+        unbound.map(drop)
     }
 
     /// Lets the network go, which the machine does not use any more.
@@ -144,6 +196,10 @@ impl Pod {
             error!(self.log, "cannot start a thread to leave the network namespace"; "error" => %error);
         }
     }
+}
+
+fn from_monitor(error: CallError) -> TaskError {
+    TaskError::failed_precondition(error.to_string())
 }
 
 /// What Linux gives the loopback interface.

@@ -9,8 +9,8 @@ use std::{
 };
 
 use caisson_protos::{
-    guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG},
-    monitor::RateLimit,
+    agent::NetworkInterface,
+    guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG, Slot},
 };
 use caisson_vmm_client::{
     CallError, Child, Console, Machine, Memory, Network, SpawnError, Vsock, control, packet,
@@ -30,7 +30,7 @@ use crate::{
         paths::PodPaths,
         processes::{self, Member},
     },
-    network::{self, Card, Namespace, NetworkError, Record, Settings, TaskThread},
+    network::{self, Card, InvalidBandwidth, Namespace, NetworkError, Policy, Record, Settings, TaskThread},
     pod::network::PodNetwork,
     resources::size::{HostSize, MachineSize},
     rootfs::share::{Share, ShareError},
@@ -62,6 +62,9 @@ pub enum LaunchError {
     /// The pod's network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// An annotation.
+    #[error(transparent)]
+    Bandwidth(#[from] InvalidBandwidth),
     /// A program of ours.
     #[error("{0}: install it (make install) or name it in {config}", config = crate::host::config::DEFAULT_PATH)]
     Spawn(#[from] SpawnError),
@@ -94,6 +97,7 @@ impl LaunchError {
         match self {
             Self::Cgroup(error) => error.is_refusal(),
             Self::Network(error) => error.is_refusal(),
+            Self::Bandwidth(_) => true,
             _ => false,
         }
     }
@@ -149,7 +153,8 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     created.map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
     let allotment = allot(config, paths, pod)?;
     let MachineSize { vcpus, memory: size } = allotment.size();
-    let given = pod.network.map(|namespace| join(namespace, paths, pod.spec, vcpus)).transpose()?;
+    let policy = Policy::new(&config.network, &pod.spec.annotations)?;
+    let given = pod.network.map(|namespace| join(namespace, paths, pod.spec, vcpus, policy.clone())).transpose()?;
     let (cards, given) = given.unzip();
     let cgroup = allotment.cgroup().open()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
@@ -166,7 +171,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let image = format!("kernel {} and initramfs {}", config.kernel.display(), config.initramfs.display());
     let spawned_ns = now_ns();
     let (vmm, control) = spawn_monitor(&config.monitor(), log, Some(cgroup.as_fd()))?;
-    let machine = Machine {
+    let mut machine = Machine {
         vcpus,
         memory: Memory { size, file: Some(memory(size)?), private: false },
         kernel: kernel.into(),
@@ -179,9 +184,12 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
             .into_iter()
             .filter_map(|(tag, server)| Some(caisson_vmm_client::Share { tag: tag.into(), server: server? }))
             .collect(),
-        networks: cards.into_iter().flatten().map(device).collect(),
+        networks: cards.unwrap_or_default(),
         empty_network_slots: 0,
     };
+    machine.empty_network_slots = MAX_CARDS.saturating_sub(machine.networks.len()) as u8;
+    let slots: Vec<([u8; 6], Slot)> =
+        machine.networks.iter().map(|network| network.mac).zip(machine.network_slots()).collect();
     control::configure_and_start(&control, machine)?;
 
     let root = share.open_view()?;
@@ -196,8 +204,11 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let network = match given {
         Some(network) => network,
         // The guest boots while it is made.
-        None => new_network(vcpus)?,
+        None => new_network(vcpus, policy)?,
     };
+    for (mac, slot) in slots {
+        network.has_card(mac, slot);
+    }
     let task = network.namespace().task_thread().map_err(system("start a thread in the network namespace"))?;
     record(paths, &vmm, &fsd, &task)?;
     for child in [&vmm, &fsd] {
@@ -208,13 +219,14 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     Ok(Launch { machine, share, allotment, has_host_share, network, task })
 }
 
+/// Most cards (protos/src/monitor.rs).
+const MAX_CARDS: usize = 8;
+
 /// What a machine can have of the network.
 fn settings(vcpus: u8) -> Settings {
-    /// Most cards (protos/src/monitor.rs).
-    const CARDS: usize = 8;
     /// What the other parts of a machine leave of the descriptors that fit into one message (ibidem), which all of the machine's come with.
     const DESCRIPTORS: u16 = 52;
-    Settings { queues: vcpus.into(), cards: CARDS, descriptors: DESCRIPTORS }
+    Settings { queues: vcpus.into(), cards: MAX_CARDS, descriptors: DESCRIPTORS }
 }
 
 /// Joins the interfaces of a network namespace that others have made.
@@ -223,34 +235,38 @@ fn join(
     paths: &PodPaths,
     spec: &BundleSpec,
     vcpus: u8,
-) -> Result<(Vec<Card>, PodNetwork), LaunchError> {
+    policy: Policy,
+) -> Result<(Vec<Network>, PodNetwork), LaunchError> {
     let file = paths.network();
     let identity = namespace.identity().map_err(system("look at the network namespace"))?;
     let record = Record { identity, path: spec.namespaces.network.clone().unwrap_or_default() };
     // First, so that nothing stays if this process is killed.
     record.write(&file).map_err(system(format!("write {}", file.display())))?;
     let (cards, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
-    Ok((cards, PodNetwork::new(namespace.clone(), message, watch)))
+    let of = |mac: [u8; 6]| message.interfaces.iter().find(move |interface| interface.mac == mac);
+    let devices =
+        cards.into_iter().map(|card| (of(card.mac), card)).map(|(of, card)| device(card, &policy, of)).collect();
+    Ok((devices, PodNetwork::new(namespace.clone(), policy, message, watch)))
 }
 
 /// A network namespace of the pod's own. Nothing is in it yet.
-fn new_network(vcpus: u8) -> Result<PodNetwork, LaunchError> {
+fn new_network(vcpus: u8, policy: Policy) -> Result<PodNetwork, LaunchError> {
     let namespace = Namespace::new().map_err(system("make a network namespace"))?;
     let (_, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
-    Ok(PodNetwork::new(namespace, message, watch))
+    Ok(PodNetwork::new(namespace, policy, message, watch))
 }
 
-/// The machine's part of a card.
-pub fn device(card: Card) -> Network {
+/// The machine's part of a card; `interface` is the guest's, with its addresses.
+pub fn device(card: Card, policy: &Policy, interface: Option<&NetworkInterface>) -> Network {
     /// The device's greatest: the interface's own may grow later.
     const MAX_MTU: u16 = 65521;
     Network {
         taps: card.queues,
         mac: card.mac,
         mtu: MAX_MTU,
-        send_limit: RateLimit::default(),
-        receive_limit: RateLimit::default(),
-        sources: None,
+        send_limit: policy.send,
+        receive_limit: policy.receive,
+        sources: policy.sources(interface),
     }
 }
 

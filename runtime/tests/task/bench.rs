@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use caisson_protos::guest::HOST_SHARE_DIRECTORY;
 use caisson_runtime::{
     host::paths::PodPaths,
-    network::{Namespace, Settings, join},
+    network::{Namespace, Policy, Settings, join},
     pod::{Limits, Pod, Provision, Provisions, network::PodNetwork},
     rootfs::share::{Share, enter_mount_namespace},
     shim::{
@@ -131,7 +131,7 @@ impl Bench {
 
     async fn boot(&self) {
         let dialer = Arc::new(Dialer::new(self.directory.path()).unwrap());
-        let machine = Machine::connect(dialer).await.unwrap();
+        let machine = Machine::connect(dialer, None).await.unwrap();
         self.owner.set(MachineState::Ready(Arc::new(machine)));
     }
 
@@ -169,7 +169,7 @@ impl Bench {
             host,
             allotment: None,
             has_host_share: true,
-            network: PodNetwork::new(network.clone(), message, watch),
+            network: PodNetwork::new(network.clone(), Policy::default(), message, watch),
         }));
         let pod = Pod::new(handle.clone(), provision, publisher.clone(), LIMITS, timeline, log);
         let socket = format!("unix://{}", directory.path().join("task.sock").display());
