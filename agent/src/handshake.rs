@@ -12,6 +12,8 @@
 //!   │                                    │                 or ◄─ Failed, and the stage ends
 //! ```
 //!
+//! Processes that the stage makes for itself answer it in the same form, with Ready or Failed (stage/joined.rs).
+//!
 //! A frame is a little-endian u32 length and that many bytes of postcard; descriptors travel with the length. Passing
 //! them this way keeps every descriptor of the agent close-on-exec at all times, so none can leak into a
 //! process that another task starts in between.
@@ -177,6 +179,17 @@ impl StageEnd {
         let mut body = vec![0; length];
         self.0.read_exact(&mut body)?;
         Ok((decode(&body)?, fds))
+    }
+
+    /// The next reply of a process that the stage has made for itself, or None at the end of the stream.
+    ///
+    /// # Errors
+    /// If the reply is malformed.
+    pub fn receive(&mut self) -> io::Result<Option<(Reply, Option<OwnedFd>)>> {
+        let Some((length, fds)) = receive_header(self.0.as_fd())? else { return Ok(None) };
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body)?;
+        Ok(Some((decode(&body)?, fds.into_iter().next())))
     }
 
     /// Waits for leave to enter the program.

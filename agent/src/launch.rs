@@ -1,9 +1,9 @@
 //! Starting a stage: the agent's own binary, executed anew.
 //!
 //! A process enters a pid namespace only at its birth: `unshare` and `setns` change where the *next* child is born. For
-//! a container's first process the agent's thread changes its own "namespace for children", starts the stage (one
-//! posix_spawn, no fork of the agent's memory) and changes back, all without an await in between. An exec's stage enters
-//! its container's itself, when it has given up its rights (stage/birth.rs).
+//! the first process of a new one the agent's thread changes its own "namespace for children", starts the stage (one
+//! posix_spawn, no fork of the agent's memory) and changes back, all without an await in between. A namespace in which
+//! others live already a stage enters itself, when it has given up its rights (stage/birth.rs).
 
 use std::{
     fs::File,
@@ -30,12 +30,10 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> LaunchErr
 }
 
 /// Where a stage is born.
-#[derive(Debug)]
-pub enum PidNamespace<'a> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PidNamespace {
     /// As process 1 of a new one.
     New,
-    /// In the one behind this descriptor.
-    Of(&'a OwnedFd),
     /// In the agent's; it is not yet the container's process.
     Own,
 }
@@ -61,15 +59,11 @@ impl Launcher {
     ///
     /// # Errors
     /// If the kernel refuses a process or a namespace.
-    pub fn launch(&self, namespace: PidNamespace<'_>) -> Result<(i32, AgentEnd), LaunchError> {
+    pub fn launch(&self, namespace: PidNamespace) -> Result<(i32, AgentEnd), LaunchError> {
         let (ours, theirs) = StdStream::pair().map_err(failed("make the stage's socket"))?;
         let ours = AgentEnd::new(ours).map_err(failed("make the stage's socket"))?;
-        match namespace {
-            PidNamespace::New => unshare(CloneFlags::CLONE_NEWPID).map_err(failed("make a pid namespace"))?,
-            PidNamespace::Of(namespace) => {
-                setns(namespace, CloneFlags::CLONE_NEWPID).map_err(failed("enter the joined pid namespace"))?;
-            }
-            PidNamespace::Own => {}
+        if namespace == PidNamespace::New {
+            unshare(CloneFlags::CLONE_NEWPID).map_err(failed("make a pid namespace"))?;
         }
         let spawned = Command::new(&self.binary)
             .arg(stage::ARGUMENT)

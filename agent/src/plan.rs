@@ -38,9 +38,12 @@ impl Plan {
     }
 
     /// Whether the stage enters its pid namespace last, when it has no more rights than its program will have: a process
-    /// there with CAP_SYS_PTRACE could take over any other that it can name. (Who mounts /proc must be inside.)
+    /// there with CAP_SYS_PTRACE could take over any other that it can name.
     pub fn enters_last(&self) -> bool {
-        matches!(self, Self::Exec(_))
+        match self {
+            Self::Init(plan) => plan.namespaces.joins(NamespaceKind::Pid),
+            Self::Exec(_) => true,
+        }
     }
 
     /// Whether the agent sets a limit of the process: in a user namespace the stage may not raise any, and one that
@@ -120,9 +123,9 @@ impl NamespacePlan {
     }
 
     /// Whether the stage that was started is not yet the container's process: a user namespace must own the pid
-    /// namespace, and a time namespace holds from the next birth on.
+    /// namespace, and a time namespace holds from the next birth on. One that joins a pid namespace is born into both last.
     pub fn needs_rebirth(&self) -> bool {
-        self.has_users() || self.makes(NamespaceKind::Time)
+        self.makes(NamespaceKind::Pid) && (self.has_users() || self.makes(NamespaceKind::Time))
     }
 }
 

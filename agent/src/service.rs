@@ -86,7 +86,8 @@ async fn take_streams(mut listener: impl Accept, streams: Streams, log: Logger) 
     }
 }
 
-async fn accept_failed(log: &Logger, error: &io::Error) {
+/// Says so, and waits a moment.
+pub(crate) async fn accept_failed(log: &Logger, error: &io::Error) {
     error!(log, "cannot accept a connection"; "error" => %error);
     // Out of descriptors, most likely; trying at once would only spin.
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -184,11 +185,6 @@ impl Agent for Service {
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
         self.answer(self.containers.resize(&request))?;
-        Ok(Empty::default())
-    }
-
-    async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
-        self.answer(self.containers.close_stdin(&request.container_id, &request.exec_id))?;
         Ok(Empty::default())
     }
 

@@ -25,7 +25,7 @@ use rustix::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf, unix::AsyncFd},
-    sync::watch,
+    task::AbortHandle,
 };
 
 use crate::{plan::UserPlan, transport::ByteStream};
@@ -34,30 +34,24 @@ use crate::{plan::UserPlan, transport::ByteStream};
 const SMALL_BUFFER: usize = 4 * 1024;
 /// As much as a pipe holds, for a stream that has filled the small one.
 const BUFFER: usize = 64 * 1024;
-/// After CloseStdin, input that is already on its way is taken until it has been silent this long. The call and the
-/// stream are two connections, so nothing but silence tells that all has come; the end of the stream itself needs no
-/// such wait.
-const CLOSING_SILENCE: Duration = Duration::from_millis(100);
 /// How long the host has to close its side after the last byte of output.
 const LINGER: Duration = Duration::from_secs(10);
 
 /// The streams that a process's Create or Exec named.
 #[derive(Default)]
 pub struct HostStreams {
-    /// To the process. With a terminal it may be the same stream as `stdout`, and is None then.
+    /// To the process.
     pub stdin: Option<Box<dyn ByteStream>>,
-    /// From the process; with a terminal both ways if `both_ways`.
+    /// From the process.
     pub stdout: Option<Box<dyn ByteStream>>,
     /// From the process.
     pub stderr: Option<Box<dyn ByteStream>>,
-    /// The terminal's one stream carries the input as well.
-    pub both_ways: bool,
 }
 
 /// The agent's hold on a process's streams.
 #[derive(Debug)]
 pub struct Handle {
-    close_stdin: watch::Sender<bool>,
+    _input: Option<Input>,
     terminal: Option<std::sync::Arc<AsyncFd<OwnedFd>>>,
     /// The terminal's other side: as long as somebody has it open, it does not hang up. A program may close its console and
     /// open it again.
@@ -65,11 +59,6 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Ends the process's input after what has already come.
-    pub fn close_stdin(&self) {
-        self.close_stdin.send_replace(true);
-    }
-
     /// The process has ended: its terminal hangs up when nobody else has it open.
     pub fn ended(&mut self) {
         self.held = None;
@@ -86,6 +75,22 @@ impl Handle {
     }
 }
 
+/// The copying of a process's input, which ends at the latest when the process is forgotten.
+#[derive(Debug)]
+struct Input(AbortHandle);
+
+impl Input {
+    fn start(from: Box<dyn ByteStream>, to: Descriptor) -> Self {
+        Self(tokio::spawn(copy_input(from, to)).abort_handle())
+    }
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// Makes the pipes of a process without a terminal and starts copying. Returns the process's descriptors 0, 1 and 2.
 ///
 /// The pipes belong to the process's user, so that it may open /dev/stdout anew.
@@ -93,13 +98,11 @@ impl Handle {
 /// # Errors
 /// If the kernel refuses a pipe.
 pub fn pipes(streams: HostStreams, user: &UserPlan) -> io::Result<([OwnedFd; 3], Handle)> {
-    let (close_stdin, closing) = watch::channel(false);
-    let stdin = match streams.stdin {
-        None => null()?,
+    let (stdin, input) = match streams.stdin {
+        None => (null()?, None),
         Some(stream) => {
             let (theirs, ours) = pipe(user)?;
-            tokio::spawn(copy_input(stream, Descriptor::new(ours)?, closing));
-            theirs
+            (theirs, Some(Input::start(stream, Descriptor::new(ours)?)))
         }
     };
     let output = |stream: Option<Box<dyn ByteStream>>| match stream {
@@ -112,7 +115,7 @@ pub fn pipes(streams: HostStreams, user: &UserPlan) -> io::Result<([OwnedFd; 3],
     };
     let stdout = output(streams.stdout)?;
     let stderr = output(streams.stderr)?;
-    Ok(([stdin, stdout, stderr], Handle { close_stdin, terminal: None, held: None }))
+    Ok(([stdin, stdout, stderr], Handle { _input: input, terminal: None, held: None }))
 }
 
 /// Starts copying between a terminal's master side and its streams.
@@ -120,24 +123,12 @@ pub fn pipes(streams: HostStreams, user: &UserPlan) -> io::Result<([OwnedFd; 3],
 /// # Errors
 /// If the terminal cannot be registered with the runtime, or its other side not be opened.
 pub fn terminal(streams: HostStreams, master: OwnedFd) -> io::Result<Handle> {
-    let (close_stdin, closing) = watch::channel(false);
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let held = Some(ioctl_tiocgptpeer(&master, flags)?);
     let master = Descriptor::new(master)?;
-    let (mut stdin, mut stdout) = (streams.stdin, streams.stdout);
-    let handle = Handle { close_stdin, terminal: Some(master.0.clone()), held };
-    if streams.both_ways
-        && let Some(stream) = stdout.take()
-    {
-        let (read, write) = tokio::io::split(stream);
-        tokio::spawn(copy_input(read, master.clone(), closing));
-        tokio::spawn(terminal_output(master, Some(write)));
-        return Ok(handle);
-    }
-    if let Some(stream) = stdin.take() {
-        tokio::spawn(copy_input(stream, master.clone(), closing));
-    }
-    tokio::spawn(terminal_output(master, stdout));
+    let input = streams.stdin.map(|stream| Input::start(stream, master.clone()));
+    let handle = Handle { _input: input, terminal: Some(master.0.clone()), held };
+    tokio::spawn(terminal_output(master, streams.stdout));
     Ok(handle)
 }
 
@@ -162,29 +153,11 @@ fn null() -> io::Result<OwnedFd> {
     Ok(std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?.into())
 }
 
-async fn copy_input(mut from: impl AsyncRead + Unpin, mut to: Descriptor, mut closing: watch::Receiver<bool>) {
+async fn copy_input(mut from: Box<dyn ByteStream>, mut to: Descriptor) {
     let mut buffer = vec![0; SMALL_BUFFER];
-    let mut silence = None;
     loop {
-        let read = match silence {
-            None => tokio::select! {
-                read = from.read(&mut buffer) => read,
-                closed = closing.wait_for(|close| *close) => {
-                    // An error means that the process is forgotten.
-                    if closed.is_err() {
-                        return;
-                    }
-                    silence = Some(CLOSING_SILENCE);
-                    continue;
-                }
-            },
-            Some(limit) => match tokio::time::timeout(limit, from.read(&mut buffer)).await {
-                Ok(read) => read,
-                Err(_) => return,
-            },
-        };
         // Dropping the pipe's end at a return is the process's end of input.
-        match read.ok().and_then(|length| buffer.get(..length)) {
+        match from.read(&mut buffer).await.ok().and_then(|length| buffer.get(..length)) {
             None | Some([]) => return,
             Some(bytes) if to.write_all(bytes).await.is_err() => return,
             Some(bytes) if bytes.len() == SMALL_BUFFER => buffer.resize(BUFFER, 0),

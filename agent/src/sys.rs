@@ -1,6 +1,6 @@
 //! The system calls that no crate wraps, but for bpf(2), which is in [`crate::cgroup::bpf`].
 
-use std::io;
+use std::{io, os::fd::RawFd};
 
 use nix::sched::CloneFlags;
 
@@ -110,6 +110,22 @@ pub fn close_all_on_exec() -> io::Result<()> {
     // SAFETY: setting a flag on descriptors neither closes any nor touches memory.
     let result = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     checked(result)
+}
+
+/// Closes every descriptor but one.
+///
+/// # Errors
+/// What close_range(2) says.
+pub fn close_all_but(kept: RawFd) -> io::Result<()> {
+    let kept = u32::try_from(kept).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let close = |first: u32, last: u32| {
+        // SAFETY: it touches no memory. Whoever calls this goes on with the kept descriptor alone, in a forked child.
+        checked(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })
+    };
+    if let Some(last) = kept.checked_sub(1) {
+        close(0, last)?;
+    }
+    close(kept.saturating_add(1), u32::MAX)
 }
 
 /// Makes the calling process's system calls go through `filter` from now on, after exec too. `flags` are

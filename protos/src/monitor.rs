@@ -82,6 +82,13 @@ pub enum Request {
         /// Whether there is a link.
         up: bool,
     },
+    /// Change the addresses from which a guest may send through a network device that was made with such a list. Refused for one that was not.
+    SetSources {
+        /// Its slot.
+        slot: Slot,
+        /// All addresses from now on.
+        sources: AllowedSources,
+    },
 }
 
 /// Monitor to parent.

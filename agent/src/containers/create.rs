@@ -116,12 +116,8 @@ impl Containers {
         *lock(&container.cgroup) = Some(cgroup.clone());
         let init = &container.init;
         let Accepted { view, process, namespaces, hooks, .. } = accepted;
-        let place = |kind| NAMESPACE_KINDS.iter().position(|known| *known == kind);
-        let birthplace = match place(NamespaceKind::Pid).and_then(|place| joined.get(&place)) {
-            _ if namespaces.needs_rebirth() => PidNamespace::Own,
-            Some(namespace) => PidNamespace::Of(namespace),
-            None => PidNamespace::New,
-        };
+        let begins_outside = namespaces.needs_rebirth() || namespaces.joins(NamespaceKind::Pid);
+        let birthplace = if begins_outside { PidNamespace::Own } else { PidNamespace::New };
         let (_, mut stage) = self.launch(init, birthplace)?;
         let cgroup = cgroup.path().to_owned();
         let start = patience(ENTER_LIMIT, &hooks.start_container);
@@ -240,7 +236,7 @@ impl Containers {
     }
 
     /// Starts a stage for `process`. From here on the reaper tells its end.
-    pub(super) fn launch(&self, process: &Arc<Process>, namespace: PidNamespace<'_>) -> Result<(i32, AgentEnd)> {
+    pub(super) fn launch(&self, process: &Arc<Process>, namespace: PidNamespace) -> Result<(i32, AgentEnd)> {
         let mut by_pid = lock(&self.by_pid);
         let (pid, stage) = self.launcher.launch(namespace)?;
         process.spawned(pid);

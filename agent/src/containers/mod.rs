@@ -26,14 +26,14 @@ use error::Result;
 use process::Process;
 use share::Mounts;
 pub use share::Share;
-use slog::{Logger, debug, info};
+use slog::{Logger, debug, info, warn};
 use tokio::sync::RwLock;
 
 use crate::{
     cgroup::{Cgroup, Cgroups},
     launch::Launcher,
     lifecycle::{Exit, StateError},
-    plan::NamespacePlan,
+    plan::{NamespaceKind, NamespacePlan},
     seccomp::Filter,
     spec::process::Inherited,
     stdio::HostStreams,
@@ -97,10 +97,27 @@ impl Containers {
     /// A child has ended. Called by the reaper for every one.
     pub fn reaped(&self, pid: i32, exit: Exit) {
         // Taken while a process is started, so that one that ends at once is found here.
-        match lock(&self.by_pid).remove(&pid) {
-            Some(process) => process.exited(exit),
+        let process = lock(&self.by_pid).remove(&pid);
+        match process {
+            Some(process) => {
+                self.end_with(&process);
+                process.exited(exit);
+            }
             // A stage whose child has taken its place, too.
             None => debug!(self.log, "reaped an orphan"; "pid" => pid, "status" => exit.status),
+        }
+    }
+
+    /// A container ends with its init process. The kernel kills the others where that was process 1 of a pid namespace; in
+    /// the namespace of another container they are killed here, and only they: those of the container's cgroup.
+    fn end_with(&self, init: &Arc<Process>) {
+        let container = lock(&self.map).values().find(|container| Arc::ptr_eq(&container.init, init)).cloned();
+        let Some(container) = container.filter(|container| container.namespaces.joins(NamespaceKind::Pid)) else {
+            return;
+        };
+        let cgroup = lock(&container.cgroup).clone();
+        if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.kill()) {
+            warn!(self.log, "processes of an ended container are left"; "container" => &container.id, "error" => %error);
         }
     }
 
@@ -158,15 +175,6 @@ impl Containers {
         }
     }
 
-    /// Ends a process's input.
-    ///
-    /// # Errors
-    /// If it is unknown.
-    pub fn close_stdin(&self, container: &str, exec: &str) -> Result<()> {
-        self.process(container, exec)?.close_stdin();
-        Ok(())
-    }
-
     /// Lists a container's processes.
     ///
     /// # Errors
@@ -202,13 +210,10 @@ impl Containers {
         if stdio.terminal && stdio.stderr_port != 0 {
             return Err(Error::StderrWithTerminal(stdio.stderr_port));
         }
-        let both_ways = stdio.terminal && stdio.stdin_port != 0 && stdio.stdin_port == stdio.stdout_port;
-        let stdin_port = if both_ways { 0 } else { stdio.stdin_port };
         Ok(HostStreams {
-            stdin: self.streams.claim("stdin", stdin_port).await?,
+            stdin: self.streams.claim("stdin", stdio.stdin_port).await?,
             stdout: self.streams.claim("stdout", stdio.stdout_port).await?,
             stderr: self.streams.claim("stderr", stdio.stderr_port).await?,
-            both_ways,
         })
     }
 

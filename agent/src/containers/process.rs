@@ -24,8 +24,6 @@ struct State {
     life: Lifecycle,
     pending: Option<Pending>,
     stdio: Option<stdio::Handle>,
-    /// CloseStdin came before Start.
-    close_stdin: bool,
     deleting: bool,
 }
 
@@ -37,7 +35,7 @@ pub(super) struct Process {
 
 impl Process {
     pub(super) fn new(life: Lifecycle, pending: Option<Pending>) -> Self {
-        let state = State { life, pending, stdio: None, close_stdin: false, deleting: false };
+        let state = State { life, pending, stdio: None, deleting: false };
         Self { state: Mutex::new(state), exit: watch::Sender::new(None) }
     }
 
@@ -110,21 +108,10 @@ impl Process {
 
     pub(super) fn set_stdio(&self, handle: stdio::Handle) {
         let mut state = lock(&self.state);
-        if state.close_stdin {
-            handle.close_stdin();
-        }
         state.stdio = Some(handle);
         if state.life.stopped().is_ok() {
             // It has ended before it was ready.
             state.stdio.iter_mut().for_each(stdio::Handle::ended);
-        }
-    }
-
-    pub(super) fn close_stdin(&self) {
-        let mut state = lock(&self.state);
-        state.close_stdin = true;
-        if let Some(handle) = &state.stdio {
-            handle.close_stdin();
         }
     }
 

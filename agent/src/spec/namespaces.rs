@@ -93,6 +93,10 @@ pub(super) fn plan(
         },
         time_offsets: time_offsets(linux)?,
     };
+    if plan.makes(Kind::User) && plan.joins(Kind::Pid) {
+        let problem = "\"pid\" with a path: a pid namespace is joined with its user namespace; give \"user\" the same container's path";
+        return Err(SpecError::new(FIELD, problem));
+    }
     check_ids(&plan, their_ids)?;
     if plan.joins(Kind::User) {
         plan.ids = their_ids.clone();
@@ -218,6 +222,13 @@ mod tests {
             (vec![pid.clone()], json!({"uidMappings": map(0, 1)}), vec![], "linux.uidMappings", "user namespace"),
             (vec![pid.clone()], json!({"uidMappings": map(0, 0)}), vec![], "linux.uidMappings", "no range"),
             (vec![pid.clone()], json!({"uidMappings": map(9, u32::MAX)}), vec![], "linux.uidMappings", "no range"),
+            (
+                vec![json!({"type": "pid", "path": "/proc/7/ns/pid"}), json!({"type": "user"})],
+                json!({"uidMappings": map(0, 1), "gidMappings": map(0, 1)}),
+                vec![Kind::Pid],
+                FIELD,
+                "user namespace",
+            ),
             (
                 vec![pid.clone()],
                 json!({"timeOffsets": {"monotonic": {"secs": 1}}}),

@@ -5,7 +5,8 @@
 //! a time namespace:
 //!
 //! ```text
-//!   no user or time namespace:   the agent starts the stage inside the pid namespace already
+//!   a new pid namespace, and no
+//!   user or time namespace:      the agent starts the stage inside as its process 1
 //!   otherwise:                   stage ── in the agent's pid namespace, root of the guest
 //!                                  │ joins, new time namespace
 //!                                  ├─ clone ──► process 1 of the container, in its user namespace
@@ -14,8 +15,9 @@
 //!                                  └ ends ───────────────────────────────►  │ goes on as the stage
 //! ```
 //!
-//! The stage of an exec stays outside of its container's pid namespace until it has given up every right that its program
-//! is not to have, because a process there with CAP_SYS_PTRACE can take over any other that it can name, dumpable or not:
+//! A stage stays outside of a pid namespace in which others live already (an exec's, or one that a container joins) until
+//! it has given up every right that its program is not to have, because a process there with CAP_SYS_PTRACE can take over
+//! any other that it can name, dumpable or not (joined.rs has what must happen inside before):
 //!
 //! ```text
 //!   stage ── joins, prepares, becomes the program's user ── clone ──► its child, in the pid namespace: begins a session,
@@ -27,7 +29,10 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns, unshare},
+};
 use rustix::{
     fs::{Mode, OFlags, openat},
     io::{read, write},
@@ -59,13 +64,16 @@ fn flag(kind: Kind) -> CloneFlags {
     }
 }
 
-/// Enters a new container's namespaces. With a rebirth it returns in another process than the one that called.
+/// Takes the joined pid namespace out of the descriptors that came for `plan`'s joined namespaces.
+pub(super) fn take_pid(plan: &NamespacePlan, joined: &mut Vec<OwnedFd>) -> Option<OwnedFd> {
+    let place = plan.joined.iter().position(|kind| *kind == Kind::Pid)?;
+    (place < joined.len()).then(|| joined.remove(place))
+}
+
+/// Enters a new container's namespaces, but for a pid namespace that it joins; `joined` are the others. With a rebirth it
+/// returns in another process than the one that called.
 pub(super) fn enter_new(plan: &NamespacePlan, joined: Vec<OwnedFd>, agent: &mut StageEnd) -> Result<(), Failure> {
-    for (kind, fd) in plan.joined.iter().zip(joined) {
-        // The agent has started a stage without rebirth inside the pid namespace.
-        if *kind == Kind::Pid && !plan.needs_rebirth() {
-            continue;
-        }
+    for (kind, fd) in plan.joined.iter().filter(|kind| **kind != Kind::Pid).zip(joined) {
         setns(fd, flag(*kind)).trying(|| format!("join the {} namespace", name(*kind)))?;
     }
     if plan.makes(Kind::Time) {
@@ -108,12 +116,11 @@ pub(super) fn enter_existing(plan: &NamespacePlan, init: &OwnedFd) -> Result<(),
 fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> {
     let made = [Kind::User, Kind::Pid].into_iter().filter(|kind| plan.makes(*kind));
     let made = made.fold(CloneFlags::empty(), |all, kind| all | flag(kind));
-    let handover = Handover::new()?;
+    let handover = Handover::new(None)?;
     // SAFETY: a stage has one thread.
     let born = unsafe { sys::fork_into(made) };
     let born = born.map_err(|error| {
-        let what = if made.contains(flag(Kind::User)) { "linux.uidMappings: make a user namespace" } else { "fork" };
-        Failure::new(FailureKind::Internal, format!("{what}: {error}"))
+        no_process(if made.contains(flag(Kind::User)) { "a user namespace" } else { "its next process" }, &error)
     })?;
     let Some(pid) = born else {
         handover.wait();
@@ -136,8 +143,32 @@ pub(super) struct Handover {
     release: OwnedFd,
 }
 
+/// A process that a stage cannot make. The stage counts as one of the container's processes.
+pub(super) fn no_process(what: &str, error: &std::io::Error) -> Failure {
+    let message = format!("make {what}: {error}");
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => {
+            let hint =
+                "linux.resources.pids.limit and RLIMIT_NPROC must allow three processes while the container is made";
+            Failure::new(FailureKind::Invalid, format!("{message}; {hint}"))
+        }
+        _ => Failure::new(FailureKind::Internal, message),
+    }
+}
+
 impl Handover {
-    pub(super) fn new() -> Result<Self, Failure> {
+    /// `joined` is the pid namespace to enter by the next birth; None leaves that as it is.
+    pub(super) fn new(joined: Option<OwnedFd>) -> Result<Self, Failure> {
+        if let Some(namespace) = joined {
+            setns(namespace, flag(Kind::Pid)).map_err(|error| match error {
+                Errno::EPERM => {
+                    let problem =
+                        "linux.namespaces: \"pid\": the namespace does not belong to the container's user namespace";
+                    Failure::new(FailureKind::Invalid, problem)
+                }
+                _ => Failure::new(FailureKind::Internal, format!("join the pid namespace: {error}")),
+            })?;
+        }
         let (wait, release) = pipe_with(PipeFlags::CLOEXEC).trying(|| "make a pipe".into())?;
         Ok(Self { wait, release })
     }
@@ -153,14 +184,12 @@ impl Handover {
         // SAFETY: a stage has one thread.
         let born = unsafe { sys::fork_into(CloneFlags::empty()) };
         let born = born.map_err(|error| {
-            let filtered = process.seccomp.is_some() && !process.no_new_privileges;
-            let (kind, hint) = match filtered {
-                true => {
-                    (FailureKind::Invalid, "; without noNewPrivileges the profile of linux.seccomp must allow clone")
-                }
-                false => (FailureKind::Internal, ""),
-            };
-            Failure::new(kind, format!("make a process in the container's pid namespace: {error}{hint}"))
+            let mut failure = no_process("a process in the container's pid namespace", &error);
+            if process.seccomp.is_some() && !process.no_new_privileges {
+                failure.kind = FailureKind::Invalid;
+                failure.message += "; without noNewPrivileges the profile of linux.seccomp must allow clone";
+            }
+            failure
         })?;
         match born {
             Some(pid) => self.give(pid, agent, terminal.as_ref()),

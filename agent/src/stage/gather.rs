@@ -19,7 +19,7 @@ use rustix::{
     mount::{MountAttrFlags, MountPropagationFlags, OpenTreeFlags, open_tree},
 };
 
-use super::{birth, inroot::find_beneath, mounts};
+use super::{birth, inroot::find_beneath, joined, mounts};
 use crate::plan::{
     DeviceKind, DevicePlan, Failure, FailureKind, InitPlan, MountPlan, MountSource, NamespaceKind, Trying,
 };
@@ -36,12 +36,18 @@ pub(super) struct Gathered {
     pub(super) null: OwnedFd,
 }
 
-pub(super) fn gather(plan: &InitPlan) -> Result<Gathered, Failure> {
+/// `pid` is the pid namespace that the container joins, if it joins one.
+pub(super) fn gather(plan: &InitPlan, pid: Option<&OwnedFd>) -> Result<Gathered, Failure> {
     let share = openat(CWD, &plan.share, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let share = share.trying(|| format!("open {}", plan.share.display()))?;
     let has_users = plan.namespaces.has_users();
     let mounts = plan.view.mounts.iter().map(|mount| match &mount.source {
         MountSource::Bind { path, recursive } => bind(share.as_fd(), mount, path, *recursive).map(Some),
+        // It shows the namespace of whoever opens it, which the stage is not in.
+        MountSource::FileSystem { fs_type, .. } if fs_type == "proc" && pid.is_some() => {
+            let context = pid.map(joined::open_proc).transpose()?;
+            context.map(|context| mounts::make_from(mount, &context)).transpose()
+        }
         // The pod's network, which it shows, belongs to the guest's root.
         MountSource::FileSystem { fs_type, .. } if fs_type == "sysfs" && has_users => mounts::make(mount).map(Some),
         MountSource::FileSystem { .. } => Ok(None),

@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io::{self, Read, Seek, Write},
-    os::unix::process::CommandExt,
+    os::{fd::OwnedFd, unix::process::CommandExt},
     process::{Child, Command, ExitStatus},
     time::{Duration, Instant},
 };
@@ -21,14 +21,44 @@ use rustix::{
 };
 use serde_json::json;
 
-use super::identity;
-use crate::plan::{CapabilityPlan, Failure, FailureKind, HookPlan, HookState, ProcessPlan, Trying};
+use super::{identity, joined};
+use crate::{
+    handshake::{Reply, StageEnd},
+    plan::{CapabilityPlan, Failure, FailureKind, HookPlan, HookState, ProcessPlan, Trying},
+};
 
 /// As much of a failed hook's output as a message holds.
 const MAX_OUTPUT: u64 = 2048;
 
-/// Runs hooks one after the other, as user 0 with the capabilities that the container can have.
-pub(super) fn create_container(hooks: &[HookPlan], about: &HookState, process: &ProcessPlan) -> Result<(), Failure> {
+/// Runs hooks one after the other, as user 0 with the capabilities that the container can have; in `pid`, if that is the
+/// namespace that the container joins.
+pub(super) fn create_container(
+    hooks: &[HookPlan],
+    about: &HookState,
+    process: &ProcessPlan,
+    pid: Option<&OwnedFd>,
+) -> Result<(), Failure> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
+    let Some(namespace) = pid else { return beside_stage(hooks, about, process) };
+    let inside = |stage: &mut StageEnd| {
+        identity::confine(&without_ptrace(process.capabilities), process.no_new_privileges)?;
+        hooks.iter().try_for_each(|hook| {
+            let mut command = command(hook, process);
+            // SAFETY: it does nothing. With it the hook's process gets a copy of this one's memory; without, it would
+            // share it until its program runs, and who takes it over would have this one, which is outside, as well.
+            unsafe { command.pre_exec(|| Ok(())) };
+            // Its number inside is not known yet, and may be missing in this status.
+            run(hook, command, &state(about, "creating", None))
+        })?;
+        stage.send(&Reply::Ready, None).trying(|| "report the end of the hooks".into())
+    };
+    joined::run(namespace, inside).map(drop)
+}
+
+/// The stage is process 1 of the pid namespace, and the hooks are its children.
+fn beside_stage(hooks: &[HookPlan], about: &HookState, process: &ProcessPlan) -> Result<(), Failure> {
     hooks.iter().try_for_each(|hook| {
         let mut command = command(hook, process);
         let (capabilities, no_new_privileges) = (without_ptrace(process.capabilities), process.no_new_privileges);
@@ -38,7 +68,7 @@ pub(super) fn create_container(hooks: &[HookPlan], about: &HookState, process: &
         };
         // SAFETY: the stage has one thread, so nothing that the closure calls can meet a lock held by another.
         unsafe { command.pre_exec(confine) };
-        run(hook, command, &state(about, "creating"))
+        run(hook, command, &state(about, "creating", Some(std::process::id())))
     })
 }
 
@@ -55,21 +85,23 @@ fn without_ptrace(plan: CapabilityPlan) -> CapabilityPlan {
 
 /// Runs hooks one after the other, as what this process is: the container's user.
 pub(super) fn start_container(hooks: &[HookPlan], about: &HookState, process: &ProcessPlan) -> Result<(), Failure> {
-    hooks.iter().try_for_each(|hook| run(hook, command(hook, process), &state(about, "created")))
+    let state = state(about, "created", Some(std::process::id()));
+    hooks.iter().try_for_each(|hook| run(hook, command(hook, process), &state))
 }
 
 /// What a hook reads. The bundle is the host's and not here; the pid is the container's own view, as with runc.
-fn state(about: &HookState, status: &str) -> Vec<u8> {
-    json!({
+fn state(about: &HookState, status: &str, pid: Option<u32>) -> Vec<u8> {
+    let mut state = json!({
         "ociVersion": about.oci_version,
         "id": about.id,
         "status": status,
-        "pid": std::process::id(),
         "bundle": "",
         "annotations": about.annotations,
-    })
-    .to_string()
-    .into_bytes()
+    });
+    if let Some(pid) = pid {
+        state["pid"] = pid.into();
+    }
+    state.to_string().into_bytes()
 }
 
 fn command(hook: &HookPlan, process: &ProcessPlan) -> Command {

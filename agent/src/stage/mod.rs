@@ -2,7 +2,8 @@
 //!
 //! The agent re-executes its own binary instead of forking, because code after a fork in a threaded process may meet
 //! a lock that nobody will ever release. The stage, which has one thread, is already in the right pid namespace when it
-//! begins, unless the container has users or clocks of its own or it is an exec's (birth.rs); the rest it does to itself:
+//! begins, unless the container has users or clocks of its own or there are others in it (birth.rs); the rest it does to
+//! itself:
 //!
 //! ```text
 //! Init                                             Exec
@@ -17,16 +18,15 @@
 //!  read-only and masked paths      (rootfs.rs)
 //!  groups, user, capabilities      (identity.rs)    the same
 //!  system call filter (seccomp.rs): before capabilities go, or at the very end with no_new_privs
-//!                                                   the container's pid namespace, as a child (birth.rs)
+//!  a joined pid namespace, as a child (birth.rs)    the container's
 //!  say Ready, wait for go                           the same
 //!  startContainer hooks            (hooks.rs)
 //!  enter the program               (program.rs)     the same
 //! ```
 //!
 //! A container must not reach a stage that still has rights of the guest's root: one of its processes with CAP_SYS_PTRACE
-//! could take that over. So an exec's stage enters the pid namespace when it has given them up, and createContainer
-//! hooks, which run beside an init stage, have no CAP_SYS_PTRACE. (A container that joins the pid namespace of another
-//! is still prepared beside its processes.)
+//! could take that over. So a stage enters a pid namespace in which others live when it has given them up, and
+//! createContainer hooks, which run beside an init stage, have no CAP_SYS_PTRACE.
 //!
 //! Nor must a container reach the agent's binary through the stage and overwrite it (CVE-2019-5736), nor keep one of
 //! its descriptors. While a stage lives beside a container's processes it is not dumpable, so its `/proc/<pid>/exe` and
@@ -41,6 +41,7 @@ mod gather;
 mod hooks;
 mod identity;
 pub mod inroot;
+mod joined;
 mod mounts;
 mod program;
 mod rootfs;
@@ -100,19 +101,22 @@ pub fn main() -> u8 {
 
 fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
     let (plan, mut fds) = agent.receive_plan().trying(|| "receive the plan".into())?;
-    let (process, root, mut terminal) = match &plan {
+    let (process, root, mut terminal, pid) = match &plan {
         Plan::Init(plan) => {
             begin(Some(&plan.cgroup), &plan.process)?;
-            let gathered = gather::gather(plan)?;
             let standard = fds.split_off(plan.namespaces.joined.len().min(fds.len()));
+            let pid = birth::take_pid(&plan.namespaces, &mut fds);
+            let gathered = gather::gather(plan, pid.as_ref())?;
             birth::enter_new(&plan.namespaces, fds, agent)?;
             sys::new_session_keyring().trying(|| "begin a session keyring".into())?;
             begin_session()?;
             let unsealed = rootfs::prepare(plan, gathered)?;
             let terminal = stdio::attach(&plan.process, &unsealed.root, true, standard)?;
-            stdio::control(&plan.process)?;
-            hooks::create_container(&plan.hooks.create_container, &plan.hooks.about, &plan.process)?;
-            (&plan.process, rootfs::seal(unsealed, &plan.view)?, terminal)
+            if pid.is_none() {
+                stdio::control(&plan.process)?;
+            }
+            hooks::create_container(&plan.hooks.create_container, &plan.hooks.about, &plan.process, pid.as_ref())?;
+            (&plan.process, rootfs::seal(unsealed, &plan.view)?, terminal, pid)
         }
         Plan::Exec(plan) => {
             // The agent moves the process into its cgroup, which may have room for one only.
@@ -129,7 +133,8 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
             let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
             let root = inroot::Root::new(root.trying(|| "open the container's root".into())?);
             let terminal = stdio::attach(&plan.process, &root, false, standard)?;
-            (&plan.process, root, terminal)
+            // It has been joined with the others.
+            (&plan.process, root, terminal, None)
         }
     };
     let env = program::environment(process, &root);
@@ -140,7 +145,7 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
         sys::set_personality(domain).trying(|| format!("linux.personality: {domain:#x}"))?;
     }
     // Before the process's limits are in force.
-    let handover = plan.enters_last().then(birth::Handover::new).transpose()?;
+    let handover = plan.enters_last().then(|| birth::Handover::new(pid)).transpose()?;
     identity::assume(&plan, &root)?;
     drop(root);
     if let Some(handover) = handover {

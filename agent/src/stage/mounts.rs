@@ -37,16 +37,24 @@ fn invalid(plan: &MountPlan, what: &str, error: impl std::fmt::Display) -> Failu
     Failure::new(FailureKind::Invalid, format!("{}: {what}: {error}", named(plan)))
 }
 
+fn no_source(plan: &MountPlan) -> Failure {
+    Failure::new(FailureKind::Internal, format!("{}: no source", named(plan)))
+}
+
 /// Makes a new file system, mounted nowhere.
 pub(super) fn make(plan: &MountPlan) -> std::result::Result<OwnedFd, Failure> {
-    let MountSource::FileSystem { fs_type, name, options } = &plan.source else {
-        return Err(Failure::new(FailureKind::Internal, format!("{}: no source", named(plan))));
-    };
-    let what = || named(plan);
+    let MountSource::FileSystem { fs_type, .. } = &plan.source else { return Err(no_source(plan)) };
     let fs = fsopen(fs_type.as_str(), FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| match error {
         Errno::NODEV => invalid(plan, "type", "this guest has no such file system"),
-        _ => Failure::new(FailureKind::Internal, format!("{}: {error}", what())),
+        _ => Failure::new(FailureKind::Internal, format!("{}: {error}", named(plan))),
     })?;
+    make_from(plan, &fs)
+}
+
+/// The same from a context of the right type that nobody has configured.
+pub(super) fn make_from(plan: &MountPlan, fs: &OwnedFd) -> std::result::Result<OwnedFd, Failure> {
+    let MountSource::FileSystem { name, options, .. } = &plan.source else { return Err(no_source(plan)) };
+    let what = || named(plan);
     fsconfig_set_string(fs.as_fd(), "source", name.as_str()).trying(what)?;
     for (key, value) in options {
         match value {

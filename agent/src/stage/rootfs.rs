@@ -82,7 +82,8 @@ pub(super) fn seal(unsealed: Unsealed<'_>, view: &View) -> Result<Root, Failure>
     Ok(root)
 }
 
-fn enter_root(root: OwnedFd) -> Result<Root, Failure> {
+/// Makes `root`, a detached mount, the root of this process's mount namespace.
+pub(super) fn enter_root(root: OwnedFd) -> Result<Root, Failure> {
     let old = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let old = old.trying(|| "open the guest's root".into())?;
     attach(root.as_fd(), old.as_fd()).trying(|| "mount the root file system".into())?;

@@ -2,10 +2,14 @@
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 
+use caisson_protos::agent::CreateRequest;
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::support::{Pod, exec_shell, shell, spec, status};
+use crate::{
+    namespaces::join,
+    support::{Pod, exec_shell, request, shell, spec, status},
+};
 
 #[tokio::test]
 async fn mount_targets_that_are_links_stay_inside() {
@@ -165,8 +169,8 @@ async fn a_stage_cannot_be_looked_into_from_its_container() {
     assert!(!got.contains("agent"), "{got}");
 }
 
-#[tokio::test]
-async fn who_may_trace_processes_gets_no_rights_of_the_guests_by_an_exec() {
+/// A pod with a container that stops every process that it meets.
+async fn pod_of_an_attacker() -> Pod {
     let pod = Pod::start().await;
     let binary = pod.rootfs().join("../../agent");
     copy_libraries(&binary, &pod.rootfs());
@@ -176,12 +180,15 @@ async fn who_may_trace_processes_gets_no_rights_of_the_guests_by_an_exec() {
     attack["process"]["capabilities"] = json!({"bounding": ptrace, "permitted": ptrace, "effective": ptrace});
     pod.create("c", &attack, None).await.unwrap();
     pod.start_process("c", "").await.unwrap();
+    pod
+}
+
+/// Calls `work` until the attacker has stopped enough processes. Returns what it got of each.
+async fn stopped(pod: &Pod, mut work: impl AsyncFnMut(u32)) -> String {
     let got = pod.rootfs().join("tmp/got");
     let stopped = async {
         for n in 0.. {
-            let mut process = exec_shell("true");
-            process["capabilities"] = json!({});
-            pod.run_exec("c", &format!("e{n}"), &process).await;
+            work(n).await;
             let text = fs::read_to_string(&got).unwrap_or_default();
             if text.lines().count() >= 20 {
                 return text;
@@ -189,9 +196,47 @@ async fn who_may_trace_processes_gets_no_rights_of_the_guests_by_an_exec() {
         }
         unreachable!()
     };
-    let text = crate::support::within("the container to stop processes of execs", stopped).await;
-    for capabilities in text.lines() {
-        assert_eq!(capabilities, "0000000000000000", "{text}");
+    crate::support::within("the container to stop other processes", stopped).await
+}
+
+#[tokio::test]
+async fn who_may_trace_processes_gets_no_rights_of_the_guests_by_an_exec() {
+    let pod = pod_of_an_attacker().await;
+    let mut process = exec_shell("true");
+    process["capabilities"] = json!({});
+    let text = stopped(&pod, async |n| drop(pod.run_exec("c", &format!("e{n}"), &process).await)).await;
+    for got in text.lines() {
+        assert_eq!(got, "0 0000000000000000", "{text}");
+    }
+}
+
+/// What the attacker meets is what a container that joins its pid namespace will be itself, and who opens its /proc for it:
+/// nobody, with capabilities in a namespace of its own only. Hooks may have what the container may, but for CAP_SYS_PTRACE.
+#[tokio::test]
+async fn who_may_trace_processes_gets_no_rights_of_the_guests_by_a_container_that_joins_it() {
+    for (hooks, allowed) in [
+        (json!({}), &["1000 0000000000000000", "65534 elsewhere"][..]),
+        (
+            json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "true"]}]}),
+            &["1000 0000000000000000", "65534 elsewhere", "0 0000000000000000", "0 0000000000000001"],
+        ),
+    ] {
+        let pod = pod_of_an_attacker().await;
+        let mut second = shell("true");
+        second["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        let chown = json!(["CAP_CHOWN", "CAP_SYS_PTRACE"]);
+        second["process"]["capabilities"] = json!({"bounding": chown, "permitted": [], "effective": []});
+        second["hooks"] = hooks;
+        let joins = join(&mut second, &["pid"], "c");
+        let create = async |n| {
+            let request = CreateRequest { joins: joins.clone(), ..request(&format!("n{n}"), &second) };
+            assert_eq!(pod.run_request(request).await.status, 0);
+        };
+        let text = stopped(&pod, create).await;
+        for got in text.lines() {
+            assert!(allowed.contains(&got), "{got:?} in {text}");
+        }
+        assert!(text.contains(allowed[0]), "{text}");
     }
 }
 
@@ -199,7 +244,7 @@ async fn who_may_trace_processes_gets_no_rights_of_the_guests_by_an_exec() {
 async fn a_root_file_system_that_is_a_link_is_refused() {
     let pod = Pod::start().await;
     symlink("/", pod.rootfs().join("../link")).unwrap();
-    let request = caisson_protos::agent::CreateRequest {
+    let request = CreateRequest {
         container_id: "c".into(),
         spec: spec(&["true"]).to_string().into_bytes(),
         rootfs: "link".into(),

@@ -51,11 +51,13 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Stops every process that appears in its pid namespace, once, as soon as it can (ptrace(2)), and appends the permitted
-/// capabilities that it has there to /tmp/got: who stops a process can make it do whatever those allow.
+/// Stops every process that appears in its pid namespace, once, as soon as it can (ptrace(2)), and appends to /tmp/got what
+/// it could make that do: its user and its permitted capabilities, if those are of this program's user namespace.
 fn attack() -> ! {
     use std::{collections::HashSet, io::Write, ptr::null_mut};
     let mut got = fs::File::create("/tmp/got").expect("the container can write");
+    let users = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
+    let own = users("self");
     let mut met = HashSet::from([std::process::id() as i32]);
     loop {
         let names = fs::read_dir("/proc").expect("a /proc").flatten().map(|entry| entry.file_name());
@@ -69,8 +71,10 @@ fn attack() -> ! {
             // SAFETY: the kernel writes one integer.
             unsafe { libc::waitpid(pid, &mut status, libc::__WALL) };
             let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            if let Some(line) = text.lines().find_map(|line| line.strip_prefix("CapPrm:\t")) {
-                writeln!(got, "{line}").expect("the container can write");
+            let field = |name| text.lines().find_map(|line| line.strip_prefix(name)?.split_ascii_whitespace().next());
+            if let (Some(user), Some(capabilities)) = (field("Uid:"), field("CapPrm:")) {
+                let capabilities = if users(&pid.to_string()) == own { capabilities } else { "elsewhere" };
+                writeln!(got, "{user} {capabilities}").expect("the container can write");
             }
             request(libc::PTRACE_DETACH);
         }

@@ -28,7 +28,8 @@ async fn pod_of_users() -> Pod {
     pod
 }
 
-fn join(spec: &mut Value, kinds: &[&str], whose: &str) -> Vec<JoinedNamespace> {
+/// Asks for namespaces of container `whose` instead of new ones.
+pub fn join(spec: &mut Value, kinds: &[&str], whose: &str) -> Vec<JoinedNamespace> {
     let list = spec["linux"]["namespaces"].as_array_mut().unwrap();
     for kind in kinds {
         list.retain(|namespace| namespace["type"] != *kind);
@@ -176,6 +177,66 @@ async fn a_container_joins_the_namespaces_of_another() {
     pod.wait("first", "").await.unwrap();
     pod.delete("first", "").await.unwrap();
     pod.assert_empty();
+}
+
+/// It is made outside of the namespace, and what it is in the end is as if it had been made inside.
+#[tokio::test]
+async fn a_container_in_anothers_pid_namespace_has_proc_hooks_clocks_and_a_terminal() {
+    let pod = Pod::start().await;
+    pod.start_sleeper("first").await;
+    let script = "ls -1d /proc/1 /proc/$$; grep -c '^proc /proc proc .*hidepid' /proc/mounts; cat /run/hook; cat /run/state; cut -d. -f1 /proc/uptime; \
+                  exec < /dev/tty && echo controlling; ps -o pid,args | grep -c '[s]leep 1000'";
+    let mut spec = shell(script);
+    spec["mounts"][0]["options"].as_array_mut().unwrap().push(json!("hidepid=invisible"));
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "time"}));
+    spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000_000}});
+    let hook = "cat > /run/state; echo >> /run/state; readlink /proc/self/ns/pid > /run/hook; readlink /proc/1/ns/pid >> /run/hook";
+    spec["hooks"] = json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", hook], "env": ["PATH=/bin"]}]});
+    let joins = join(&mut spec, &["pid"], "first");
+    let (stdio, streams) = pod.stdio(true).await;
+    pod.create_request(CreateRequest { joins, stdio: Some(stdio).into(), ..request("second", &spec) }).await.unwrap();
+    let pid = pod.start_process("second", "").await.unwrap();
+    let output = read_all(streams.stdout).await.replace("\r\n", "\n");
+    assert_eq!(pod.wait("second", "").await.unwrap().pid, pid);
+    let lines: Vec<_> = output.lines().collect();
+    let [first, own, options, hook, init, state, uptime, terminal, sleeps] = lines[..] else { panic!("{output}") };
+    assert!(first == "/proc/1" && own.starts_with("/proc/") && own != first, "{output}");
+    assert_eq!((options, terminal, sleeps), ("1", "controlling", "1"), "{output}");
+    assert_eq!(hook, init, "the hook runs in the joined namespace: {output}");
+    assert!(state.contains("\"creating\"") && !state.contains("\"pid\""), "{output}");
+    assert!(uptime.parse::<u64>().unwrap() > 1_000_000_000, "{output}");
+}
+
+#[tokio::test]
+async fn what_a_container_leaves_in_anothers_pid_namespace_ends_with_it() {
+    let pod = Pod::start().await;
+    pod.start_sleeper("first").await;
+    // One has left its session, one its parent; both keep the output open.
+    let mut spec = shell("(sleep 2000 &) ; sleep 3000 & exec sh -c 'exit 3'");
+    let joins = join(&mut spec, &["pid"], "first");
+    let (stdio, streams) = pod.stdio(false).await;
+    pod.create_request(CreateRequest { joins, stdio: Some(stdio).into(), ..request("second", &spec) }).await.unwrap();
+    pod.start_process("second", "").await.unwrap();
+    assert_eq!(pod.wait("second", "").await.unwrap().exit_status, 3);
+    // It ends when the last process that holds it has ended; Delete comes later.
+    assert_eq!(read_all(streams.stdout).await, "");
+    assert_eq!(pod.pids("first").await.unwrap().len(), 1, "the other container's process goes on");
+    pod.delete("second", "").await.unwrap();
+    // Those that nobody has waited for, which is the other container's first process's business, show no arguments.
+    let others = pod.run_exec("first", "e", &exec_shell("ps -o args | grep '[s]leep [0-9]'")).await;
+    assert_eq!(others.stdout, "sleep 1000\n");
+}
+
+#[tokio::test]
+async fn a_hook_in_anothers_pid_namespace_fails_its_container_and_says_why() {
+    let pod = Pod::start().await;
+    pod.start_sleeper("first").await;
+    let mut spec = shell("true");
+    spec["hooks"] = json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "echo bad; exit 7"]}]});
+    let joins = join(&mut spec, &["pid"], "first");
+    let (code, message) = status(pod.create_request(CreateRequest { joins, ..request("second", &spec) }).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("createContainer") && message.contains("exit status: 7; output: \"bad\""), "{message}");
 }
 
 #[tokio::test]

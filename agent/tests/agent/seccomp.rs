@@ -2,10 +2,14 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
+use caisson_protos::agent::CreateRequest;
 use serde_json::{Value, json};
 use ttrpc::Code;
 
-use crate::support::{Pod, exec_shell, shell, spec, status};
+use crate::{
+    namespaces::join,
+    support::{Pod, exec_shell, request, shell, spec, status},
+};
 
 /// 128 + SIGSYS.
 const KILLED: u32 = 159;
@@ -57,11 +61,11 @@ async fn the_profile_of_containerd_loads_and_holds() {
 
 /// The filter has to be loaded before the exec gives up its rights, and it enters the pid namespace, by a clone, after that.
 #[tokio::test]
-async fn an_exec_without_no_new_privileges_needs_clone() {
+async fn who_enters_a_pid_namespace_of_others_without_no_new_privileges_needs_clone() {
     let pod = Pod::start().await;
     let names = ["clone", "clone3", "fork", "vfork"];
     let profile = allow_but(json!([{"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]));
-    pod.create("c", &with_profile(spec(&["sleep", "1000"]), profile), None).await.unwrap();
+    pod.create("c", &with_profile(spec(&["sleep", "1000"]), profile.clone()), None).await.unwrap();
     pod.start_process("c", "").await.unwrap();
     let mut process = exec_shell("exit 3");
     process["noNewPrivileges"] = json!(true);
@@ -69,6 +73,15 @@ async fn an_exec_without_no_new_privileges_needs_clone() {
     process["noNewPrivileges"] = json!(false);
     pod.exec("c", "f", &process, None).await.unwrap();
     let (code, message) = status(pod.start_process("c", "f").await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    assert!(message.contains("linux.seccomp must allow clone"), "{message}");
+
+    let mut second = with_profile(shell("exit 3"), profile);
+    let joins = join(&mut second, &["pid"], "c");
+    let request = |spec: &Value| CreateRequest { joins: joins.clone(), ..request("second", spec) };
+    assert_eq!(pod.run_request(request(&second)).await.status, 3);
+    second["process"]["noNewPrivileges"] = json!(false);
+    let (code, message) = status(pod.create_request(request(&second)).await);
     assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
     assert!(message.contains("linux.seccomp must allow clone"), "{message}");
 }

@@ -74,29 +74,27 @@ async fn ten_thousand_interleaved_lines_lose_none() {
 }
 
 #[tokio::test]
-async fn input_ends_by_half_close_and_by_close_stdin() {
+async fn input_ends_by_half_close_before_and_after_start() {
     let pod = Pod::start().await;
     pod.start_sleeper("c").await;
-    for (exec, by_call) in [("half", false), ("call", true)] {
+    for (exec, early) in [("early", true), ("late", false)] {
         let (stdio, streams) = pod.stdio(false).await;
         pod.exec("c", exec, &exec_shell("cat; echo end"), Some(stdio)).await.unwrap();
-        pod.start_process("c", exec).await.unwrap();
         let mut stdin = streams.stdin.unwrap();
-        stdin.write_all(b"hello\n").await.unwrap();
-        if by_call {
-            pod.close_stdin("c", exec).await.unwrap();
-        } else {
+        let mut send = async || {
+            stdin.write_all(b"hello\n").await.unwrap();
             stdin.shutdown().await.unwrap();
+        };
+        if early {
+            send().await;
+        }
+        pod.start_process("c", exec).await.unwrap();
+        if !early {
+            send().await;
         }
         assert_eq!(read_all(streams.stdout).await, "hello\nend\n", "{exec}");
         assert_eq!(pod.wait("c", exec).await.unwrap().exit_status, 0);
     }
-    // Before Start: the process finds its input at its end.
-    let (stdio, streams) = pod.stdio(false).await;
-    pod.exec("c", "early", &exec_shell("cat; echo end"), Some(stdio)).await.unwrap();
-    pod.close_stdin("c", "early").await.unwrap();
-    pod.start_process("c", "early").await.unwrap();
-    assert_eq!(read_all(streams.stdout).await, "end\n");
 }
 
 #[tokio::test]
@@ -194,11 +192,11 @@ async fn a_terminal_carries_input_control_characters_and_output() {
     // Kept for the terminal that does not exist yet.
     pod.resize("c", "t", 20, 10).await.unwrap();
     pod.start_process("c", "t").await.unwrap();
-    let mut terminal = streams.stdout.unwrap();
+    let (mut input, mut terminal) = (streams.stdin.unwrap(), streams.stdout.unwrap());
     read_until(&mut terminal, "ready\r\n").await;
-    terminal.write_all(b"abc\n").await.unwrap();
+    input.write_all(b"abc\n").await.unwrap();
     read_until(&mut terminal, "got abc\r\n").await;
-    terminal.write_all(b"\x03").await.unwrap();
+    input.write_all(b"\x03").await.unwrap();
     assert_eq!(pod.wait("c", "t").await.unwrap().exit_status, 130);
     read_all(Some(terminal)).await;
 }

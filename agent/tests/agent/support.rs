@@ -129,14 +129,14 @@ impl Pod {
         (port, stream)
     }
 
-    /// Three streams, or one for a terminal.
+    /// Three streams, or two for a terminal.
     pub async fn stdio(&self, terminal: bool) -> (Stdio, Streams) {
         let (stdout_port, stdout) = self.stream().await;
-        if terminal {
-            let stdio = Stdio { stdin_port: stdout_port, stdout_port, terminal, ..Default::default() };
-            return (stdio, Streams { stdout: Some(stdout), ..Streams::default() });
-        }
         let (stdin_port, stdin) = self.stream().await;
+        if terminal {
+            let stdio = Stdio { stdin_port, stdout_port, terminal, ..Default::default() };
+            return (stdio, Streams { stdin: Some(stdin), stdout: Some(stdout), ..Streams::default() });
+        }
         let (stderr_port, stderr) = self.stream().await;
         let stdio = Stdio { stdin_port, stdout_port, stderr_port, ..Default::default() };
         (stdio, Streams { stdin: Some(stdin), stdout: Some(stdout), stderr: Some(stderr) })
@@ -182,10 +182,6 @@ impl Pod {
         let request =
             ResizePtyRequest { container_id: id.into(), exec_id: exec.into(), width, height, ..Default::default() };
         within("ResizePty", self.client.resize_pty(context::with_timeout(0), &request)).await.map(drop)
-    }
-
-    pub async fn close_stdin(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
-        within("CloseStdin", self.client.close_stdin(context::with_timeout(0), &process(id, exec))).await.map(drop)
     }
 
     pub async fn pids(&self, id: &str) -> ttrpc::Result<Vec<(u32, String)>> {

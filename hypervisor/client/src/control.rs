@@ -11,7 +11,7 @@ use std::{
 
 use caisson_protos::{
     guest::Slot,
-    monitor::{CodecError, Command, Event, ExitNotice, Reply, Request, decode, encode},
+    monitor::{AllowedSources, CodecError, Command, Event, ExitNotice, Reply, Request, decode, encode},
 };
 use tokio::sync::oneshot;
 
@@ -195,6 +195,14 @@ impl Control {
     /// See [`CallError`]; refused if there is no network device in the slot.
     pub async fn set_link(&self, slot: Slot, up: bool) -> Result<(), CallError> {
         self.call(Request::SetLink { slot, up }).await.map(drop)
+    }
+
+    /// Changes the addresses from which the guest may send through the network device in `slot`.
+    ///
+    /// # Errors
+    /// [`CallError::Refused`] if there is none, or if it was made without such a list.
+    pub async fn set_sources(&self, slot: Slot, sources: AllowedSources) -> Result<(), CallError> {
+        self.call(Request::SetSources { slot, sources }).await.map(drop)
     }
 
     /// Sends one command without descriptors and waits for its answer.

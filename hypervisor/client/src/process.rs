@@ -49,9 +49,8 @@ pub struct Child {
     reaped: Option<ExitStatus>,
 }
 
-/// Starts caisson-vmm: its process and our end of its control socket. `cgroup` as for [`Child::spawn_in`]. Its pid is what the
-/// host knows of the pod, so it gets a network namespace of its own: what configures the network of that pid (a
-/// createRuntime hook) must not change the host's.
+/// Starts caisson-vmm: its process and our end of its control socket. `cgroup` as for [`Child::spawn_in`]. It gets a network
+/// namespace of its own, in which nothing is: the taps come to it as descriptors, and the host's network is not for it.
 ///
 /// # Errors
 /// See [`SpawnError`].

@@ -99,6 +99,12 @@ pub enum MachineError {
         /// Where there are some.
         occupied: Vec<Slot>,
     },
+    /// The guest may send from any address.
+    #[error("{slot}: its network device lets the guest send from any address: attach it with a list of addresses")]
+    AnySource {
+        /// Where.
+        slot: Slot,
+    },
     /// A slot that was thought to be empty.
     #[error(transparent)]
     NotEmpty(#[from] NotEmpty),

@@ -273,6 +273,7 @@ impl Monitor {
                 self.paused = false;
             }
             Request::SetLink { slot, up } => machine.set_link(slot, up)?,
+            Request::SetSources { slot, sources } => machine.set_sources(slot, &sources)?,
             Request::DetachNetwork { slot } => {
                 let in_use = machine.detach_network(slot, &self.log)?;
                 // The last of it: its tap is closed.

@@ -4,8 +4,8 @@
 use crate::{
     message::Message,
     uapi::{
-        TC_ACT_STOLEN, TC_H_CLSACT, TC_H_CLSACT_INGRESS, TC_U32_TERMINAL, TCA_ACT_KIND, TCA_ACT_OPTIONS,
-        TCA_EGRESS_REDIR, TCA_MATCHALL_ACT, TCA_MIRRED_PARMS, TCA_U32_ACT, TCA_U32_SEL,
+        TC_ACT_STOLEN, TC_H_CLSACT, TC_H_CLSACT_EGRESS, TC_H_CLSACT_INGRESS, TC_U32_TERMINAL, TCA_ACT_KIND,
+        TCA_ACT_OPTIONS, TCA_EGRESS_REDIR, TCA_MATCHALL_ACT, TCA_MIRRED_PARMS, TCA_U32_ACT, TCA_U32_SEL,
     },
 };
 
@@ -78,6 +78,13 @@ pub fn add_redirect(from: u32, to: u32, kind: Filter) -> Message {
 #[must_use]
 pub fn remove_redirect(from: u32) -> Message {
     filter(libc::RTM_DELTFILTER, 0, from)
+}
+
+/// The requests whose dumps are the filters in that place: of what arrives, and of what is sent.
+#[must_use]
+pub fn list_filters(interface: u32) -> [Message; 2] {
+    let list = |parent| Message::new(libc::RTM_GETTFILTER, 0, &header(interface, 0, parent, 0));
+    [list(TC_H_CLSACT_INGRESS), list(TC_H_CLSACT_EGRESS)]
 }
 
 fn mirred(actions: &mut Message, to: u32) {

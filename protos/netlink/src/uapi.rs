@@ -38,6 +38,7 @@ pub const FR_ACT_TO_TBL: u8 = 1;
 // pkt_sched.h, pkt_cls.h, tc_act/tc_mirred.h
 pub const TC_H_CLSACT: u32 = 0xffff_fff1;
 pub const TC_H_CLSACT_INGRESS: u32 = 0xffff_fff2;
+pub const TC_H_CLSACT_EGRESS: u32 = 0xffff_fff3;
 pub const TCA_MATCHALL_ACT: u16 = 2;
 pub const TCA_U32_SEL: u16 = 5;
 pub const TCA_U32_ACT: u16 = 7;

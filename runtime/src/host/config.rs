@@ -2,12 +2,16 @@
 //! the runtime options name. Everything has a default, so the file may be absent; a key that is not known is
 //! refused with its name and line, because a misspelt limit that is silently ignored is worse than an error.
 
+mod network;
+
 use std::{
     env, fs, io,
     path::{Path, PathBuf},
 };
 
 use serde::Deserialize;
+
+pub use self::network::{Limit, NetworkConfig, bytes_bucket};
 
 /// Where the configuration lies unless something names another file.
 pub const DEFAULT_PATH: &str = "/etc/caisson/config.toml";
@@ -56,6 +60,8 @@ pub struct Config {
     pub file_server: Option<PathBuf>,
     /// How long a machine may take from its start to a ready agent, seconds.
     pub boot_timeout_s: u32,
+    /// What the pods' network cards may do.
+    pub network: NetworkConfig,
 }
 
 impl Default for Config {
@@ -77,6 +83,7 @@ impl Default for Config {
             monitor: None,
             file_server: None,
             boot_timeout_s: 30,
+            network: NetworkConfig::default(),
         }
     }
 }
@@ -108,7 +115,7 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
         /// The key.
-        key: &'static str,
+        key: String,
         /// What it is.
         value: String,
         /// What it may be.
@@ -157,7 +164,10 @@ impl Config {
     }
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let range = |key, value: String, range| ConfigError::Range { path: path.to_owned(), key, value, range };
+        let range = |key: &str, value: String, range| {
+            let (path, key) = (path.to_owned(), key.to_owned());
+            ConfigError::Range { path, key, value, range }
+        };
         for (key, value) in [("vcpus", self.vcpus), ("max_vcpus", self.max_vcpus)] {
             if !(1..=32).contains(&value) {
                 return Err(range(key, value.to_string(), "1 to 32"));
@@ -185,6 +195,9 @@ impl Config {
         if self.pod_overhead_cpu_millis > 1_000_000 {
             let value = self.pod_overhead_cpu_millis.to_string();
             return Err(range("pod_overhead_cpu_millis", value, "0 to 1000000"));
+        }
+        if let Some((key, value, must)) = self.network.mistake() {
+            return Err(range(&key, value.to_string(), must));
         }
         if !(1..=3600).contains(&self.boot_timeout_s) {
             return Err(range("boot_timeout_s", self.boot_timeout_s.to_string(), "1 to 3600"));
@@ -249,7 +262,9 @@ mod tests {
         let text = "kernel = '/k'\ninitramfs = '/i'\nvcpus = 2\nmemory_mib = 512\ndebug_console = true\n\
             log_level = 'debug'\nstate_dir = '/s'\nmonitor = '/m'\nfile_server = '/f'\nboot_timeout_s = 5\n\
             max_vcpus = 4\nmin_memory_mib = 64\nmax_memory_mib = 1024\nguest_overhead_mib = 32\n\
-            pod_overhead_memory_mib = 16\npod_overhead_cpu_millis = 100\n";
+            pod_overhead_memory_mib = 16\npod_overhead_cpu_millis = 100\n\
+            [network]\nanti_spoofing = true\n[network.send]\nbytes = 1000\nbytes_burst = 10\npackets = 5\npackets_burst = 2\n\
+            [network.receive]\nbytes = 2000\n";
         let config = parse(text).unwrap();
         assert_eq!((config.vcpus, config.memory_mib, config.debug_console), (2, 512, true));
         assert_eq!((config.monitor(), config.file_server()), ("/m".into(), "/f".into()));
@@ -275,6 +290,8 @@ mod tests {
             ("guest_overhead_mib = 2000000", "guest_overhead_mib is 2000000"),
             ("pod_overhead_cpu_millis = 2000000", "pod_overhead_cpu_millis is 2000000"),
             ("kernel = 'vmlinux'", "kernel is vmlinux"),
+            ("[network.send]\nbytes = 0", "network.send.bytes is 0"),
+            ("[network]\nanti_spoof = true", "anti_spoof"),
             ("log_level = 'loud'", "log_level is \"loud\""),
             ("vcpus = 'two'", "line 1"),
         ] {

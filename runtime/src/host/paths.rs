@@ -9,6 +9,7 @@
 //!     staging                          mount point (likewise) where a mount gets nosuid, nodev and noexec before it is visible
 //!     processes                        who belongs to the pod, for the clean-up after a crash
 //!     cgroup                           the pod's cgroup, for the same
+//!     network                          the pod's network namespace, if it is not the pod's own, for the same
 //!     bundle, socket                   links to containerd's bundle and to the pod's socket, for [`crate::shim::orphans`]
 //! ```
 //!
@@ -78,6 +79,11 @@ impl PodPaths {
     }
 
     /// See the module's picture.
+    pub fn network(&self) -> PathBuf {
+        self.pod.join("network")
+    }
+
+    /// See the module's picture.
     pub fn bundle_link(&self) -> PathBuf {
         self.pod.join("bundle")
     }
@@ -99,6 +105,11 @@ impl PodPaths {
     pub fn all(state_dir: &Path) -> impl Iterator<Item = Self> {
         let pods = directories(state_dir).flat_map(|namespace| directories(&namespace));
         pods.map(|pod| Self { state_dir: state_dir.to_owned(), pod })
+    }
+
+    /// The other pods of the state directory.
+    pub fn others(&self) -> impl Iterator<Item = Self> {
+        Self::all(&self.state_dir).filter(|other| other.pod != self.pod)
     }
 
     /// Makes the pod's directories, for the bundle and the socket that are its own. What an earlier pod of this name left
@@ -153,7 +164,9 @@ impl PodPaths {
             allow_missing(fs::remove_dir(directory))?;
         }
         // By its bundle's link a dead pod is found: the last of it that goes.
-        for file in [self.vsock(), self.processes(), self.cgroup(), self.socket_link(), self.bundle_link()] {
+        let files =
+            [self.vsock(), self.processes(), self.cgroup(), self.network(), self.socket_link(), self.bundle_link()];
+        for file in files {
             allow_missing(fs::remove_file(file))?;
         }
         allow_missing(fs::remove_dir(&self.pod))?;
@@ -194,6 +207,7 @@ mod tests {
         create().unwrap();
         fs::write(pod.processes(), "").unwrap();
         fs::write(pod.cgroup(), "").unwrap();
+        fs::write(pod.network(), "").unwrap();
         fs::write(pod.vsock(), "").unwrap();
         create().unwrap();
         assert_eq!(PodPaths::all(state.path()).collect::<Vec<_>>(), std::slice::from_ref(&pod));

@@ -15,10 +15,13 @@ use nix::{
     unistd::Pid,
 };
 
+/// What containerd has as the first container's pid: a thread of the shim, which ends with it.
+pub const TASK: &str = "task";
+
 /// One process of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// shim, vmm or fsd.
+    /// shim, vmm, fsd or [`TASK`].
     pub role: String,
     /// Its pid.
     pub pid: u32,
@@ -87,7 +90,7 @@ fn parse_start_time(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// Kills those of `members` that still live and waits until they are gone, at most `limit`. The pids that outlive it.
+/// Kills those of `members` that still live (processes, not threads) and waits until they are gone, at most `limit`. The pids that outlive it.
 pub fn end(members: &[Member], limit: Duration) -> Vec<u32> {
     let deadline = Instant::now() + limit;
     let mut living: Vec<(u32, OwnedFd)> =

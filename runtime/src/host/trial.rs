@@ -37,7 +37,8 @@ fn try_boot(config: &Config, paths: &PodPaths, id: &str) -> Result<Duration, Str
     let mut spec = BundleSpec::default();
     spec.cgroups_path = Some(format!("/{NAMESPACE}-{id}"));
     let socket = paths.socket("", NAMESPACE, id);
-    let pod = launch::Pod { namespace: NAMESPACE, id, bundle: Path::new("/"), socket: &socket, spec: &spec };
+    let pod =
+        launch::Pod { namespace: NAMESPACE, id, bundle: Path::new("/"), socket: &socket, spec: &spec, network: None };
     let null = File::options().write(true).open("/dev/null").map_err(|error| format!("/dev/null: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start a runtime: {error}"))?;

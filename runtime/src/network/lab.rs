@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{Namespace, Settings};
 
-pub(super) const SETTINGS: Settings = Settings { queues: 1, cards: 8 };
+pub(super) const SETTINGS: Settings = Settings { queues: 1, cards: 8, descriptors: 56 };
 /// No step takes this long unless something hangs.
 pub(super) const LIMIT: Duration = Duration::from_secs(30);
 
@@ -30,8 +30,8 @@ impl Space {
         space
     }
 
-    pub fn file(&self) -> File {
-        self.file.try_clone().unwrap()
+    pub fn namespace(&self) -> Namespace {
+        self.namespace.clone()
     }
 
     /// What `ip` and `tc` take for it.

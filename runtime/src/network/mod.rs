@@ -13,25 +13,30 @@
 //! Nothing here waits for a network, and nothing polls: a namespace without interfaces is as good as any, and the kernel reports
 //! what appears later.
 
+pub mod forward;
 #[cfg(test)]
 mod lab;
 mod message;
 mod namespace;
 mod plan;
+mod policy;
+mod record;
 mod redirect;
 mod tap;
 #[cfg(test)]
 mod tests;
 mod watch;
 
-use std::{collections::BTreeMap, fs::File, io, os::fd::OwnedFd};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd};
 
 use caisson_netlink::{Refused, Socket, Subscription, link, state, state::State};
 use caisson_protos::agent::ConfigureNetworkRequest;
 
 pub use self::{
-    namespace::Namespace,
+    namespace::{Namespace, NamespaceError, TaskThread},
     plan::{Interface, Plan, Refusal, plan},
+    policy::{InvalidBandwidth, Policy},
+    record::Record,
     watch::Watch,
 };
 use self::{redirect::Redirect, tap::Tap};
@@ -52,6 +57,13 @@ pub enum NetworkError {
     },
 }
 
+impl NetworkError {
+    /// Whether the namespace holds what no guest can have; otherwise the system failed.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refusal(_))
+    }
+}
+
 pub(crate) fn system<E: Into<Refused>>(what: impl Into<String>) -> impl FnOnce(E) -> NetworkError {
     |source| NetworkError::System { what: what.into(), source: source.into() }
 }
@@ -63,6 +75,16 @@ pub struct Settings {
     pub queues: u16,
     /// How many cards the machine may have.
     pub cards: usize,
+    /// How many queues all cards that come at once may have together.
+    pub descriptors: u16,
+}
+
+impl Settings {
+    /// How many pairs of queues each of `cards` cards gets that come at once.
+    fn queues_of_each(&self, cards: usize) -> u16 {
+        let share = u16::try_from(cards).ok().and_then(|cards| self.descriptors.checked_div(cards));
+        self.queues.min(share.unwrap_or(1)).max(1)
+    }
 }
 
 /// A network card that the machine is to have.
@@ -93,6 +115,7 @@ pub struct Change {
 type Key = (u32, [u8; 6]);
 
 /// A tap beside an interface.
+#[derive(Debug)]
 struct Joined {
     interface: u32,
     tap: u32,
@@ -101,6 +124,7 @@ struct Joined {
 }
 
 /// The interfaces of the namespace that the guest has. When it is dropped the namespace is as it was.
+#[derive(Debug)]
 struct Network {
     namespace: Namespace,
     socket: Socket,
@@ -118,8 +142,10 @@ struct Network {
 ///
 /// # Errors
 /// What the guest cannot have, or what the system refused; the namespace is as it was then.
-pub fn join(namespace: File, settings: Settings) -> Result<(Vec<Card>, ConfigureNetworkRequest, Watch), NetworkError> {
-    let namespace = Namespace::from(namespace);
+pub fn join(
+    namespace: Namespace,
+    settings: Settings,
+) -> Result<(Vec<Card>, ConfigureNetworkRequest, Watch), NetworkError> {
     let open = || Ok::<_, io::Error>((Socket::open()?, Subscription::open(&watch::GROUPS)?));
     let (socket, subscription) = namespace.run(open).and_then(|opened| opened).map_err(system("enter it"))?;
     let mut network = Network {
@@ -142,8 +168,8 @@ pub fn join(namespace: File, settings: Settings) -> Result<(Vec<Card>, Configure
 ///
 /// # Errors
 /// What the system refused.
-pub fn clean(namespace: File) -> Result<(), NetworkError> {
-    let socket = Namespace::from(namespace).run(Socket::open).and_then(|opened| opened);
+pub fn clean(namespace: &Namespace) -> Result<(), NetworkError> {
+    let socket = namespace.run(Socket::open).and_then(|opened| opened);
     let mut socket = socket.map_err(system("enter it"))?;
     for link in state::links(&mut socket).map_err(system("read the interfaces"))? {
         if plan::is_tap(&link) {
@@ -168,12 +194,14 @@ impl Network {
             self.part(key);
         }
         let mut new = Vec::new();
+        let count = wanted.iter().filter(|key| !self.joined.contains_key(key)).count();
+        let queues = self.settings.queues_of_each(count);
         for interface in &plan.interfaces {
             let done = if self.joined.contains_key(&key_of(interface)) {
                 self.set_mtu(interface)
             } else {
                 new.push(key_of(interface));
-                self.add(interface)
+                self.add(interface, queues)
             };
             if let Err(error) = done {
                 for key in &new {
@@ -221,8 +249,7 @@ impl Network {
         Ok(())
     }
 
-    fn add(&mut self, interface: &Interface) -> Result<(), NetworkError> {
-        let queues = self.settings.queues.max(1);
+    fn add(&mut self, interface: &Interface, queues: u16) -> Result<(), NetworkError> {
         let name = plan::tap_name(interface.index);
         // Of a shim that was killed while its monitor lives.
         self.remove_tap(&name);

@@ -2,7 +2,7 @@
 
 use caisson_netlink::{
     Refused, Socket, link,
-    traffic::{Filter, add_clsact, add_redirect, remove_clsact, remove_redirect},
+    traffic::{Filter, add_clsact, add_redirect, list_filters, remove_clsact, remove_redirect},
 };
 
 use super::{NetworkError, plan::Interface, system};
@@ -45,9 +45,14 @@ impl Redirect {
     }
 }
 
-/// Removes a redirect that a shim has left on `interface`, if it has one.
+/// Removes a redirect that a shim has left on `interface`, if it has one, and the place for filters if no other is in it.
 pub fn remove_left(socket: &mut Socket, interface: u32) {
-    let _ = socket.request(&remove_redirect(interface));
+    if socket.request(&remove_redirect(interface)).is_ok() {
+        let mut lists = list_filters(interface).into_iter().map(|list| socket.dump(&list));
+        if lists.all(|filters| filters.is_ok_and(|filters| filters.is_empty())) {
+            let _ = socket.request(&remove_clsact(interface));
+        }
+    }
 }
 
 /// Whether it had to be made.
@@ -61,7 +66,8 @@ fn clsact(socket: &mut Socket, interface: u32) -> Result<bool, Refused> {
 }
 
 fn redirect(socket: &mut Socket, from: u32, to: u32) -> Result<(), Refused> {
-    remove_left(socket, from);
+    // Of a shim that was killed.
+    let _ = socket.request(&remove_redirect(from));
     match socket.request(&add_redirect(from, to, Filter::MatchAll)) {
         // The kernel has no such filter.
         Err(error) if error.is(libc::ENOENT) => socket.request(&add_redirect(from, to, Filter::U32)),

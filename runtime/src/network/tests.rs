@@ -1,4 +1,5 @@
 use std::{
+    fs::File,
     future::Future,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr},
@@ -29,7 +30,7 @@ async fn within<T>(what: &str, work: impl Future<Output = T>) -> T {
 }
 
 fn join_space(space: &Space) -> Result<(Vec<Card>, ConfigureNetworkRequest, Watch), NetworkError> {
-    join(space.file(), SETTINGS)
+    join(space.namespace(), SETTINGS)
 }
 
 /// The address of a namespace's interface with this name.
@@ -67,7 +68,12 @@ fn an_interface_becomes_a_card_with_a_tap_beside_it() {
 #[test]
 fn a_tap_has_as_many_queues_as_it_is_to_have() {
     let (_host, pod) = pod();
-    let (cards, _, _watch) = join(pod.file(), Settings { queues: 4, ..SETTINGS }).unwrap();
+    pod.ip("link add br0 type bridge");
+    let (cards, _, watch) = join(pod.namespace(), Settings { queues: 4, descriptors: 7, ..SETTINGS }).unwrap();
+    assert_eq!(cards.iter().map(|card| card.queues.len()).collect::<Vec<_>>(), [3, 3], "both fit");
+    drop((cards, watch));
+    pod.ip("link delete br0");
+    let (cards, _, _watch) = join(pod.namespace(), Settings { queues: 4, ..SETTINGS }).unwrap();
     assert_eq!(cards[0].queues.len(), 4);
     let tap = pod.names().into_iter().find(|name| name.starts_with("ctap")).unwrap();
     let link = &pod.show("ip", &format!("link show dev {tap}"))[0];
@@ -257,9 +263,19 @@ fn what_a_killed_shim_has_left_is_replaced_or_removed() {
     let (again, _, watch) = join_space(&pod).unwrap();
     assert_eq!((again.len(), pod.traffic("eth0")), (1, (true, 1)));
     std::mem::forget(watch);
-    clean(pod.file()).unwrap();
-    assert_eq!((pod.names(), pod.traffic("eth0").1), (vec!["lo".to_owned(), "eth0".to_owned()], 0));
+    clean(&pod.namespace()).unwrap();
+    assert_eq!((pod.names(), pod.traffic("eth0")), (vec!["lo".to_owned(), "eth0".to_owned()], (false, 0)));
     drop((cards, again));
+    // Filters of others stay, and the place that they are in.
+    for direction in ["ingress", "egress"] {
+        pod.tc("qdisc add dev eth0 clsact");
+        let action = "pref 7 protocol all u32 match u32 0 0 action mirred egress mirror dev lo";
+        pod.tc(&format!("filter add dev eth0 {direction} {action}"));
+        std::mem::forget(join_space(&pod).unwrap());
+        clean(&pod.namespace()).unwrap();
+        assert_eq!(pod.traffic("eth0"), (true, usize::from(direction == "ingress")));
+        pod.tc("qdisc delete dev eth0 clsact");
+    }
 }
 
 #[test]

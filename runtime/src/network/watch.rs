@@ -24,6 +24,7 @@ pub(super) const GROUPS: [u32; 8] = [
 ];
 
 /// The namespace of a pod that runs. When it is dropped the interfaces are as they were before.
+#[derive(Debug)]
 pub struct Watch {
     network: Arc<Mutex<Network>>,
     subscription: Option<Subscription>,
@@ -33,6 +34,25 @@ pub struct Watch {
 impl Watch {
     pub(super) fn new(network: Network, subscription: Subscription) -> Self {
         Self { network: Arc::new(Mutex::new(network)), subscription: Some(subscription), events: None }
+    }
+
+    /// What differs from what was last reported, if anything has changed; does not wait for a change.
+    ///
+    /// # Errors
+    /// As [`Self::changed`].
+    pub async fn now(&mut self) -> Result<Option<Change>, NetworkError> {
+        let socket = self.subscription.as_ref().or_else(|| self.events.as_ref().map(AsyncFd::get_ref));
+        let drained = socket.map_or(Ok(false), |socket| socket.drain(is_relevant));
+        if drained.map_err(system("watch it"))? {
+            self.refresh().await?;
+        }
+        Ok(lock(&self.network).take())
+    }
+
+    async fn refresh(&self) -> Result<(), NetworkError> {
+        let network = Arc::clone(&self.network);
+        let work = move || lock(&network).refresh();
+        on_own_thread("network", work).await.map_err(system("read it"))?
     }
 
     /// Waits until something differs from what was last reported. Needs a tokio runtime. If it is dropped before, nothing is lost.
@@ -46,9 +66,8 @@ impl Watch {
             let events = unsafe { AsyncFd::register_with_interest(subscription, Interest::READABLE) };
             self.events = Some(events.map_err(|error| system("watch it")(io::Error::from(error)))?);
         }
-        let Some(events) = &self.events else {
-            return Err(system("watch it")(io::Error::from(io::ErrorKind::NotConnected)));
-        };
+        // It could not be watched, and this was said.
+        let Some(events) = &self.events else { return std::future::pending().await };
         loop {
             // Of a call that was dropped.
             if let Some(change) = lock(&self.network).take() {
@@ -58,9 +77,7 @@ impl Watch {
             let relevant = events.get_ref().drain(is_relevant).map_err(system("watch it"))?;
             ready.clear_ready();
             if relevant {
-                let network = Arc::clone(&self.network);
-                let work = move || lock(&network).refresh();
-                on_own_thread("network", work).await.map_err(system("read it"))??;
+                self.refresh().await?;
             }
         }
     }

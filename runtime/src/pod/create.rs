@@ -11,7 +11,7 @@ use containerd_shim_protos::{
 use protobuf::MessageField;
 use slog::{info, warn};
 
-use super::{Pod, lock, no_deadline};
+use super::{First, Pod, lock, no_deadline};
 use crate::{
     host::namespaces::on_own_thread,
     pod::{
@@ -28,7 +28,7 @@ use crate::{
         flags::is_identifier,
         options,
     },
-    spec::BundleSpec,
+    spec::{BundleSpec, SpecError},
     stdio::{FirstOutput, Stdio},
     vm::{allotment::Allotment, timeline::Stage},
 };
@@ -83,7 +83,9 @@ impl Pod {
         stdio: &Stdio,
     ) -> Result<u32, TaskError> {
         // The host's part is done while the machine boots.
-        let spec = self.take_spec(&request.id, &request.bundle)?;
+        let First { spec, task, .. } = self.first_or_next(&request.id, &request.bundle).await?;
+        let pid = task.pid();
+        self.tasks().container(&name.container)?.task = Some(task);
         if let Some(note) = &spec.devices.note {
             info!(self.log, "{}", note; "container" => &request.id);
         }
@@ -96,13 +98,16 @@ impl Pod {
         let binds = self.mount_binds(&request.id, sources).await?;
         self.tasks().container(&name.container)?.binds = Some(binds);
 
+        let joins = self.joined(&spec)?;
+        let guests_spec = self.guests_spec(&spec)?;
+
         let machine = self.machine.ready().await?;
-        let joins = self.joined(&spec, machine.pid)?;
-        self.run_create_hooks(name, &spec, machine.pid, Path::new(&request.bundle)).await?;
+        self.run_create_hooks(name, &spec, pid, Path::new(&request.bundle)).await?;
+        self.configure_network(&machine).await?;
         let connected = streams.connect(&machine.dialer).await?;
         let create = CreateRequest {
             container_id: request.id.clone(),
-            spec: self.guests_spec(&spec)?,
+            spec: guests_spec,
             rootfs: Share::rootfs_name(&request.id),
             stdio: MessageField::some(connected.ports.clone()),
             binds: bind_sources,
@@ -113,13 +118,13 @@ impl Pod {
         self.tasks().container(&name.container)?.start_limit = limit;
         self.agent_call_within("Create", limit, machine.agent.create(no_deadline(), &create)).await?;
         self.timeline.mark(Stage::ContainerCreated);
-        let _ = self.first.set(request.id.clone());
+        let _ = self.first.set((request.id.clone(), pid));
         let copies = connected.copy(Some(self.first_output()));
 
         // Last, because from here on writers get on.
         copies.open_input();
         let mut tasks = self.tasks();
-        tasks.prepared(name, machine.pid, copies)?;
+        tasks.prepared(name, pid, copies)?;
         let io = TaskIO {
             stdin: stdio.stdin.clone(),
             stdout: stdio.stdout.clone(),
@@ -132,7 +137,7 @@ impl Pod {
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
             io: MessageField::some(io),
-            pid: machine.pid,
+            pid,
             ..TaskCreate::default()
         });
         if self.machine.is_lost() {
@@ -141,19 +146,27 @@ impl Pod {
         }
         drop(tasks);
         tokio::spawn(Arc::clone(self).watch_process(name.clone(), Arc::clone(&machine)));
-        Ok(machine.pid)
+        Ok(pid)
     }
 
-    fn take_spec(&self, id: &str, bundle: &str) -> Result<BundleSpec, TaskError> {
+    /// What is there of the container that the pod was started for; made for every other one.
+    async fn first_or_next(&self, id: &str, bundle: &str) -> Result<First, TaskError> {
         if let Some(refused) = &self.refused {
             return Err(TaskError::invalid_argument(refused.clone()));
         }
-        if let Some((of, spec)) = lock(&self.spec).take()
-            && of == id
-        {
-            return Ok(spec);
+        if let Some(first) = lock(&self.started_for).take_if(|first| first.id == id) {
+            return Ok(first);
         }
-        BundleSpec::read(Path::new(bundle)).map_err(|error| TaskError::invalid_argument(error.to_string()))
+        let invalid = |error: SpecError| TaskError::invalid_argument(error.to_string());
+        let spec = BundleSpec::read(Path::new(bundle)).map_err(invalid)?;
+        let (Some(host), Some(network)) = (&self.host, &self.network) else { return Err(self.no_machine().await) };
+        let (id, namespace) = (id.to_owned(), network.namespace().clone());
+        let work = move || {
+            spec.check_network(&namespace).map_err(invalid)?;
+            let task = namespace.task_thread().map_err(|error| TaskError::internal(format!("the task's pid: {error}")));
+            Ok(First { id, spec, task: task? })
+        };
+        host.run(work).await.map_err(|error| TaskError::internal(format!("the host's mount namespace: {error}")))?
     }
 
     /// The specification for the agent.
@@ -163,10 +176,10 @@ impl Pod {
         spec.for_guest(size).map_err(|error| TaskError::invalid_argument(error.to_string()))
     }
 
-    /// The namespaces of the pod's first container that this one joins; `pid` is the pid of its task.
-    fn joined(&self, spec: &BundleSpec, pid: u32) -> Result<Vec<JoinedNamespace>, TaskError> {
+    /// The namespaces of the pod's first container that this one joins.
+    fn joined(&self, spec: &BundleSpec) -> Result<Vec<JoinedNamespace>, TaskError> {
         let joined = match self.first.get() {
-            Some(first) => spec.joined(pid, first),
+            Some((first, pid)) => spec.joined(*pid, first),
             None => spec.joined(0, ""),
         };
         joined.map_err(|error| TaskError::invalid_argument(error.to_string()))

@@ -8,6 +8,7 @@ mod delete;
 mod hooks;
 pub mod lifecycle;
 pub mod metrics;
+pub mod network;
 mod oom;
 mod process;
 pub mod tasks;
@@ -26,8 +27,10 @@ use ttrpc::context::Context;
 
 use crate::{
     host::namespaces::{HostView, on_own_thread},
+    network::{TaskThread, forward},
     pod::{
         lifecycle::{Exit, Status},
+        network::PodNetwork,
         tasks::{Name, Tasks},
     },
     rootfs::share::Share,
@@ -74,19 +77,32 @@ pub enum Provision {
     Ready(Box<Provisions>),
 }
 
+/// The container that a pod is started for.
+#[derive(Debug)]
+pub struct First {
+    /// Its id.
+    pub id: String,
+    /// The bundle's spec.
+    pub spec: BundleSpec,
+    /// Its pid.
+    pub task: TaskThread,
+}
+
 /// What a pod has of its host.
 #[derive(Debug)]
 pub struct Provisions {
     /// The shared directory.
     pub share: Share,
-    /// The bundle's spec, and the id of the container that it is for.
-    pub spec: Option<(String, BundleSpec)>,
+    /// The container that the pod is started for; a test's pod has none.
+    pub first: Option<First>,
     /// The host's mount namespace.
     pub host: HostView,
     /// The machine's size and the pod's cgroup; a test's pod has none.
     pub allotment: Option<Allotment>,
     /// Whether the guest can have bind mounts.
     pub has_host_share: bool,
+    /// Its network.
+    pub network: PodNetwork,
 }
 
 /// What a pod is made of.
@@ -100,10 +116,12 @@ pub struct Pod {
     has_host_share: bool,
     refused: Option<String>,
     tasks: Mutex<Tasks<Publisher>>,
-    /// The bundle's spec as it was read at the start, for the container that the pod was started for.
-    spec: Mutex<Option<(String, BundleSpec)>>,
-    /// The first container that was created: the one whose namespaces others of the pod may join.
-    first: OnceLock<String>,
+    /// None: as with `share`.
+    network: Option<PodNetwork>,
+    /// The container that the pod was started for, until it is created.
+    started_for: Mutex<Option<First>>,
+    /// The first container that was created, and its pid: the one whose namespaces others of the pod may join.
+    first: OnceLock<(String, u32)>,
     limits: Limits,
     timeline: Arc<Timeline>,
     log: Logger,
@@ -144,11 +162,11 @@ impl Pod {
             Provision::Ready(ready) => (None, Some(*ready)),
         };
         let has_host_share = ready.as_ref().is_some_and(|ready| ready.has_host_share);
-        let (share, spec, host, allotment) = match ready {
-            Some(Provisions { share, spec, host, allotment, .. }) => {
-                (Some(Arc::new(share)), spec, Some(host), allotment)
+        let (share, first, host, allotment, network) = match ready {
+            Some(Provisions { share, first, host, allotment, network, .. }) => {
+                (Some(Arc::new(share)), first, Some(host), allotment, Some(network))
             }
-            None => (None, None, None, None),
+            None => (None, None, None, None, None),
         };
         let pod = Arc::new(Self {
             machine,
@@ -158,7 +176,8 @@ impl Pod {
             has_host_share,
             refused,
             tasks: Mutex::new(Tasks::new(events)),
-            spec: Mutex::new(spec),
+            network,
+            started_for: Mutex::new(first),
             first: OnceLock::new(),
             limits,
             timeline,
@@ -166,6 +185,10 @@ impl Pod {
             ended: watch::Sender::new(false),
         });
         tokio::spawn(Arc::clone(&pod).watch_machine());
+        if let Some(network) = &pod.network {
+            // While the machine boots.
+            tokio::spawn(forward::run(network.namespace().clone(), pod.machine.clone(), pod.log.clone()));
+        }
         pod
     }
 
@@ -279,6 +302,7 @@ impl Pod {
             }
         }
         self.machine.stop().await;
+        self.end_network().await;
         self.end_streams().await;
         let (share, allotment) = (lock(&self.share).take(), lock(&self.allotment).take());
         let unmounted = on_own_thread("unmount", move || drop(share)).await;

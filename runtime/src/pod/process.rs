@@ -191,7 +191,8 @@ impl Pod {
         };
         self.agent_call("Exec", machine.agent.exec(no_deadline(), &exec)).await?;
         let mut tasks = self.tasks();
-        tasks.prepared(name, machine.pid, connected.copy(None))?;
+        let pid = tasks.pid(&Name::new(&name.container, ""));
+        tasks.prepared(name, pid, connected.copy(None))?;
         let (container_id, exec_id) = (name.container.clone(), name.exec.clone());
         tasks.events().publish(&TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() });
         Ok(())

@@ -17,6 +17,7 @@ use tokio::{sync::watch, task::JoinSet};
 
 use crate::{
     host::hooks::Pending,
+    network::TaskThread,
     pod::lifecycle::{Exit, KILLED, Process, Status},
     rootfs::share::{Binds, Rootfs},
     shim::{
@@ -93,6 +94,8 @@ pub struct Container {
     bundle: String,
     init: Entry,
     execs: BTreeMap<String, Entry>,
+    /// What its pid on the host is, until it ends.
+    pub task: Option<TaskThread>,
     /// Its bind mounts, once they are there; gone before what they lie in is.
     pub binds: Option<Binds>,
     /// Its mounts, once they are there.
@@ -143,6 +146,7 @@ impl<S: EventSink> Tasks<S> {
             bundle: bundle.to_owned(),
             init: Entry::new(true, stdio),
             execs: BTreeMap::new(),
+            task: None,
             binds: None,
             rootfs: None,
             hooks: None,
@@ -329,6 +333,11 @@ impl<S: EventSink> Tasks<S> {
 
     fn publish_exit(&mut self, name: &Name, exit: Option<Exit>) {
         let Some(exit) = exit else { return };
+        if name.exec.is_empty()
+            && let Ok(container) = self.container(&name.container)
+        {
+            container.task = None;
+        }
         let Ok(entry) = self.entry(name) else { return };
         entry.exit.send_replace(Some(exit));
         let pid = entry.pid;

@@ -32,7 +32,7 @@ use crate::{
         paths::{PodPaths, allow_missing},
         processes::raise_own_oom_score,
     },
-    pod::{Limits, Pod, Provision, Provisions},
+    pod::{First, Limits, Pod, Provision, Provisions},
     rootfs::{binds, share::enter_mount_namespace},
     shim::{
         events::{Destination, Publisher},
@@ -115,19 +115,21 @@ impl Prepared {
         let spec = BundleSpec::read(bundle).and_then(|spec| spec.check_first().map(|()| spec));
         let spec = self.accept(spec)?;
         self.accept(binds::check(&spec.binds))?;
+        let network = self.accept(spec.open_network())?;
         let host = enter_mount_namespace().map_err(|error| error.to_string())?;
         let (namespace, id, socket) = (&flags.namespace, &flags.id, &self.socket);
-        let pod = launch::Pod { namespace, id, bundle, socket, spec: &spec };
+        let pod = launch::Pod { namespace, id, bundle, socket, spec: &spec, network: network.as_ref() };
         let launched = match launch(config, &self.paths, pod, log.as_fd()) {
-            Err(LaunchError::Cgroup(error)) if error.is_refusal() => self.accept(Err(error))?,
-            launched => launched.map_err(|error| error.to_string())?,
+            Err(error) if error.is_refusal() => self.accept(Err(error))?,
+            launched => launched.map_err(|error: LaunchError| error.to_string())?,
         };
         self.provision = Provision::Ready(Box::new(Provisions {
             share: launched.share,
-            spec: Some((flags.id.clone(), spec)),
+            first: Some(First { id: flags.id.clone(), spec, task: launched.task }),
             host,
             allotment: Some(launched.allotment),
             has_host_share: launched.has_host_share,
+            network: launched.network,
         }));
         Ok(launched.machine)
     }

@@ -19,12 +19,15 @@ use caisson_protos::agent::JoinedNamespace;
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
-use crate::resources::{guest::translate, size::MachineSize};
+use crate::{
+    network::{Namespace, NamespaceError},
+    resources::{guest::translate, size::MachineSize},
+};
 use binds::Bind;
 use caisson_oci::{FieldError, Limits};
 use devices::Devices;
 use hooks::Hooks;
-use namespaces::Join;
+use namespaces::Namespaces;
 
 /// The largest config.json, bytes; the agent takes no more.
 pub const MAX_SIZE: u64 = 1 << 20;
@@ -84,8 +87,8 @@ pub struct BundleSpec {
     pub asked: Limits,
     /// Bind mounts.
     pub binds: Vec<Bind>,
-    /// Namespaces of other containers.
-    pub joins: Vec<Join>,
+    /// Namespaces of the pod.
+    pub namespaces: Namespaces,
     /// Programs to run on the host.
     pub hooks: Hooks,
     /// Devices.
@@ -133,7 +136,7 @@ impl BundleSpec {
         if !process.cwd().is_absolute() {
             return Err(FieldError::new("process.cwd", "must be an absolute path"));
         }
-        let joins = namespaces::check(spec)?;
+        let namespaces = namespaces::check(spec)?;
         let devices = devices::check(spec)?;
         let binds = binds::check(spec, bundle)?;
         let hooks = hooks::check(spec)?;
@@ -151,7 +154,7 @@ impl BundleSpec {
             cgroups_path: cgroups_path.map(|path| path.to_string_lossy().into_owned()),
             asked,
             binds,
-            joins,
+            namespaces,
             hooks,
             devices,
         })
@@ -177,16 +180,46 @@ impl BundleSpec {
     /// # Errors
     /// [`SpecError::Field`] if a path names another process.
     pub fn joined(&self, pid: u32, container: &str) -> Result<Vec<JoinedNamespace>, SpecError> {
-        let join = |join: &Join| {
+        let join = |join: &namespaces::Join| {
             if join.pid != pid {
                 let message =
                     format!("PID {} is not in this pod: only namespaces of its containers can be joined", join.pid);
-                return Err(SpecError::Field { path: self.path.clone(), field: namespaces::field(join.kind), message });
+                return Err(self.refused(join.kind, message));
             }
             let (type_, container_id) = (join.kind.to_owned(), container.to_owned());
             Ok(JoinedNamespace { type_, container_id, ..JoinedNamespace::default() })
         };
-        self.joins.iter().map(join).collect()
+        self.namespaces.joins.iter().map(join).collect()
+    }
+
+    /// Opens the pod's network namespace, if there is one already.
+    ///
+    /// # Errors
+    /// [`SpecError::Field`] if the path leads to none that a pod can have.
+    pub fn open_network(&self) -> Result<Option<Namespace>, SpecError> {
+        let open = |path: &PathBuf| {
+            let refused = |error: NamespaceError| self.refused("network", format!("{path:?} {error}"));
+            Namespace::open(path).map_err(refused)
+        };
+        self.namespaces.network.as_ref().map(open).transpose()
+    }
+
+    /// Checks that the network namespace of a later container of the pod is the pod's.
+    ///
+    /// # Errors
+    /// [`SpecError::Field`] if it is another, or none.
+    pub fn check_network(&self, pods: &Namespace) -> Result<(), SpecError> {
+        let (Some(path), Some(named)) = (&self.namespaces.network, self.open_network()?) else { return Ok(()) };
+        if matches!((named.identity(), pods.identity()), (Ok(named), Ok(pods)) if named == pods) {
+            return Ok(());
+        }
+        let message =
+            format!("{path:?} is not the network namespace of this pod: all containers of a pod have the same");
+        Err(self.refused("network", message))
+    }
+
+    fn refused(&self, kind: &str, message: String) -> SpecError {
+        SpecError::Field { path: self.path.clone(), field: namespaces::field(kind), message }
     }
 
     /// The specification for the agent in a machine of this size: without what only the host can do.
@@ -196,7 +229,7 @@ impl BundleSpec {
     pub fn for_guest(&self, size: MachineSize) -> Result<Vec<u8>, SpecError> {
         let asked = &self.asked;
         let has_numbers = asked.cpus.is_some() || asked.mems.is_some() || !asked.io.is_empty();
-        if !has_numbers && self.devices.is_complete() {
+        if !has_numbers && self.devices.is_complete() && self.namespaces.network.is_none() {
             return Ok(self.json.clone());
         }
         let malformed =
@@ -209,6 +242,7 @@ impl BundleSpec {
             }
             changed |= !self.devices.is_complete();
             self.devices.leave_out(linux);
+            changed |= namespaces::leave_out_network_path(linux);
         }
         if changed { serde_json::to_vec(&spec).map_err(malformed) } else { Ok(self.json.clone()) }
     }

@@ -1,8 +1,13 @@
 //! Which namespaces a container gets. It shares its pod's kernel, never the host's: a namespace that is not listed
 //! would be the host's and is refused, unless what is in the guest does as well (user, cgroup, time). A path can only
-//! lead to another container of this pod, which containerd knows by the pid of the pod's task.
+//! lead to another container of this pod, which containerd knows by the pid of the pod's task. But for the network: its path is
+//! that of the pod's network namespace on the host, which all containers of the pod have.
+
+use std::path::PathBuf;
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+
+use serde_json::Value;
 
 use super::FieldError;
 
@@ -24,6 +29,15 @@ pub struct Join {
     pub pid: u32,
 }
 
+/// The namespaces of a container that are not its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Namespaces {
+    /// Those of other containers of the pod.
+    pub joins: Vec<Join>,
+    /// The pod's network namespace on the host, an absolute path. None: the pod has one of its own.
+    pub network: Option<PathBuf>,
+}
+
 /// The specification's name of a kind, and the name of its file in /proc/PID/ns.
 fn names(kind: LinuxNamespaceType) -> (&'static str, &'static str) {
     match kind {
@@ -42,16 +56,20 @@ pub(super) fn field(kind: &str) -> String {
     format!("linux.namespaces[{kind}]")
 }
 
-pub(super) fn check(spec: &Spec) -> Result<Vec<Join>, FieldError> {
+pub(super) fn check(spec: &Spec) -> Result<Namespaces, FieldError> {
     let linux = spec.linux().as_ref().ok_or_else(|| FieldError::new("linux", "is missing"))?;
     let listed = linux.namespaces().as_deref().unwrap_or_default();
-    let mut joins = Vec::new();
+    let mut found = Namespaces::default();
     for (index, namespace) in listed.iter().enumerate() {
         let name = names(namespace.typ()).0;
         if listed.iter().take(index).any(|other| other.typ() == namespace.typ()) {
             return Err(FieldError::new(field(name), "is listed twice"));
         }
-        joins.extend(join(namespace)?);
+        if namespace.typ() == LinuxNamespaceType::Network {
+            found.network = network(namespace)?;
+        } else {
+            found.joins.extend(join(namespace)?);
+        }
     }
     for kind in NEEDED {
         if !listed.iter().any(|namespace| namespace.typ() == kind) {
@@ -62,7 +80,23 @@ pub(super) fn check(spec: &Spec) -> Result<Vec<Join>, FieldError> {
             return Err(FieldError::new(field(name), message));
         }
     }
-    Ok(joins)
+    Ok(found)
+}
+
+fn network(namespace: &LinuxNamespace) -> Result<Option<PathBuf>, FieldError> {
+    let Some(path) = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty()) else { return Ok(None) };
+    if !path.is_absolute() {
+        return Err(FieldError::new(field("network"), format!("{path:?} is not an absolute path")));
+    }
+    Ok(Some(path.clone()))
+}
+
+/// Takes the path of the network namespace out of `linux`: the guest has one network for all. Whether there was a path.
+pub(super) fn leave_out_network_path(linux: &mut Value) -> bool {
+    let listed = linux.get_mut("namespaces").and_then(Value::as_array_mut).into_iter().flatten();
+    let mut networks = listed.filter(|namespace| namespace.get("type").is_some_and(|kind| kind == "network"));
+    let network = networks.next().and_then(Value::as_object_mut);
+    network.is_some_and(|network| network.remove("path").is_some())
 }
 
 fn join(namespace: &LinuxNamespace) -> Result<Option<Join>, FieldError> {

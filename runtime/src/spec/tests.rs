@@ -55,7 +55,7 @@ fn a_seccomp_profile_that_says_nothing_is_none() {
 #[test]
 fn each_fault_is_named() {
     type Fault = fn(&mut Value);
-    let faults: [(Fault, &str); 26] = [
+    let faults: [(Fault, &str); 27] = [
         (|spec| spec["ociVersion"] = json!("2.0"), "ociVersion"),
         (|spec| spec["process"]["args"] = json!([]), "process.args"),
         (|spec| spec["process"]["cwd"] = json!("here"), "process.cwd"),
@@ -69,12 +69,16 @@ fn each_fault_is_named() {
         (|spec| drop(spec.as_object_mut().unwrap().remove("linux")), "linux: is missing"),
         (|spec| spec["linux"]["namespaces"][4]["type"] = json!("pid"), "linux.namespaces[pid]: is listed twice"),
         (
-            |spec| spec["linux"]["namespaces"][2]["path"] = json!("/run/netns/x"),
-            "\"/run/netns/x\" is a namespace of the host",
+            |spec| spec["linux"]["namespaces"][2]["path"] = json!("run/netns/x"),
+            "linux.namespaces[network]: \"run/netns/x\" is not an absolute path",
         ),
         (
-            |spec| spec["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/ipc"),
-            "linux.namespaces[network]: \"/proc/1/ns/ipc\"",
+            |spec| spec["linux"]["namespaces"][3]["path"] = json!("/run/ipc/x"),
+            "linux.namespaces[ipc]: \"/run/ipc/x\" is a namespace of the host",
+        ),
+        (
+            |spec| spec["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/net"),
+            "linux.namespaces[ipc]: \"/proc/1/ns/net\"",
         ),
         (|spec| spec["mounts"][0] = json!({ "destination": "/x", "type": "bind" }), "mounts[0].source"),
         (
@@ -143,14 +147,14 @@ fn what_the_host_does_for_a_container_is_read() {
 #[test]
 fn only_the_pods_own_namespaces_are_joined() {
     let mut spec = spec();
-    spec["linux"]["namespaces"][2]["path"] = json!("/proc/4711/ns/net");
+    spec["linux"]["namespaces"][3]["path"] = json!("/proc/4711/ns/ipc");
     spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "time", "path": "" }));
     let read = read(spec.to_string().as_bytes()).unwrap();
     let joined = read.joined(4711, "first").unwrap();
-    assert_eq!((joined.len(), joined[0].type_.as_str(), joined[0].container_id.as_str()), (1, "network", "first"));
+    assert_eq!((joined.len(), joined[0].type_.as_str(), joined[0].container_id.as_str()), (1, "ipc", "first"));
     for refused in [read.joined(4712, "first").unwrap_err(), read.check_first().unwrap_err()] {
         let refused = refused.to_string();
-        assert!(refused.contains("linux.namespaces[network]: PID 4711 is not in this pod"), "{refused}");
+        assert!(refused.contains("linux.namespaces[ipc]: PID 4711 is not in this pod"), "{refused}");
     }
 }
 
@@ -165,6 +169,33 @@ fn the_guest_gets_the_file_as_it_is_unless_it_has_numbers_of_the_host() {
     let guests = read(spec.to_string().as_bytes()).unwrap().for_guest(size).unwrap();
     spec["linux"]["resources"]["cpu"]["cpus"] = json!("0");
     assert_eq!(serde_json::from_slice::<Value>(&guests).unwrap(), spec);
+}
+
+#[test]
+fn the_pods_network_namespace_is_the_hosts_to_open_and_the_guest_does_not_see_it() {
+    let size = MachineSize { vcpus: 1, memory: 1 << 28 };
+    let mut spec = spec();
+    let with = |spec: &mut Value, path: &str| {
+        spec["linux"]["namespaces"][2]["path"] = json!(path);
+        read(spec.to_string().as_bytes()).unwrap()
+    };
+    let none = with(&mut spec, "");
+    assert!(none.open_network().unwrap().is_none());
+    let refused = with(&mut spec, "/no/such").open_network().unwrap_err().to_string();
+    let expected = "linux.namespaces[network]: \"/no/such\" cannot be opened: No such file or directory";
+    assert!(refused.contains(expected), "{refused}");
+
+    let (pods, other) = (Namespace::new().expect("these tests run as root"), Namespace::new().unwrap());
+    let thread = pods.task_thread().unwrap();
+    let named = with(&mut spec, &format!("/proc/{}/ns/net", thread.pid()));
+    assert_eq!(named.open_network().unwrap().unwrap().identity().unwrap(), pods.identity().unwrap());
+    named.check_network(&pods).unwrap();
+    none.check_network(&pods).unwrap();
+    named.check_first().expect("it is of no container");
+    let refused = named.check_network(&other).unwrap_err().to_string();
+    assert!(refused.contains("is not the network namespace of this pod"), "{refused}");
+    let guests: Value = serde_json::from_slice(&named.for_guest(size).unwrap()).unwrap();
+    assert_eq!(guests["linux"]["namespaces"][2], json!({ "type": "network" }));
 }
 
 proptest! {

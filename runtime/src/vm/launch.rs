@@ -8,9 +8,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use caisson_protos::guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG};
+use caisson_protos::{
+    agent::NetworkInterface,
+    guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG, Slot},
+};
 use caisson_vmm_client::{
-    CallError, Child, Console, Machine, Memory, SpawnError, Vsock, control, packet,
+    CallError, Child, Console, Machine, Memory, Network, SpawnError, Vsock, control, packet,
     process::{spawn_file_server, spawn_monitor},
 };
 use nix::{
@@ -27,6 +30,8 @@ use crate::{
         paths::PodPaths,
         processes::{self, Member},
     },
+    network::{self, Card, InvalidBandwidth, Namespace, NetworkError, Policy, Record, Settings, TaskThread},
+    pod::network::PodNetwork,
     resources::size::{HostSize, MachineSize},
     rootfs::share::{Share, ShareError},
     spec::BundleSpec,
@@ -54,6 +59,12 @@ pub enum LaunchError {
     /// The pod's cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The pod's network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// An annotation.
+    #[error(transparent)]
+    Bandwidth(#[from] InvalidBandwidth),
     /// A program of ours.
     #[error("{0}: install it (make install) or name it in {config}", config = crate::host::config::DEFAULT_PATH)]
     Spawn(#[from] SpawnError),
@@ -80,6 +91,18 @@ fn command_line(vcpus: u8, console: bool) -> String {
     )
 }
 
+impl LaunchError {
+    /// Whether the specification asks for what this host cannot give, or for what a machine cannot have.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Cgroup(error) => error.is_refusal(),
+            Self::Network(error) => error.is_refusal(),
+            Self::Bandwidth(_) => true,
+            _ => false,
+        }
+    }
+}
+
 fn system<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> LaunchError {
     |source| LaunchError::System { what: what.into(), source: source.into() }
 }
@@ -97,6 +120,8 @@ pub struct Pod<'a> {
     pub socket: &'a Path,
     /// The specification of its first container.
     pub spec: &'a BundleSpec,
+    /// Its network namespace, if it is there already.
+    pub network: Option<&'a Namespace>,
 }
 
 /// What was launched.
@@ -109,6 +134,10 @@ pub struct Launch {
     pub allotment: Allotment,
     /// Whether the guest can have bind mounts.
     pub has_host_share: bool,
+    /// Its network, of which the guest does not know yet.
+    pub network: PodNetwork,
+    /// The pid of its first container.
+    pub task: TaskThread,
 }
 
 /// Makes the pod's directories and its cgroup, mounts its share and launches its machine. `log` becomes the children's
@@ -123,6 +152,10 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let created = paths.create(pod.bundle, pod.socket);
     created.map_err(system(format!("make the pod's directory {}", paths.pod().display())))?;
     let allotment = allot(config, paths, pod)?;
+    let MachineSize { vcpus, memory: size } = allotment.size();
+    let policy = Policy::new(&config.network, &pod.spec.annotations)?;
+    let given = pod.network.map(|namespace| join(namespace, paths, pod.spec, vcpus, policy.clone())).transpose()?;
+    let (cards, given) = given.unzip();
     let cgroup = allotment.cgroup().open()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
     let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
@@ -138,8 +171,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let image = format!("kernel {} and initramfs {}", config.kernel.display(), config.initramfs.display());
     let spawned_ns = now_ns();
     let (vmm, control) = spawn_monitor(&config.monitor(), log, Some(cgroup.as_fd()))?;
-    let MachineSize { vcpus, memory: size } = allotment.size();
-    let machine = Machine {
+    let mut machine = Machine {
         vcpus,
         memory: Memory { size, file: Some(memory(size)?), private: false },
         kernel: kernel.into(),
@@ -152,9 +184,12 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
             .into_iter()
             .filter_map(|(tag, server)| Some(caisson_vmm_client::Share { tag: tag.into(), server: server? }))
             .collect(),
-        networks: Vec::new(),
+        networks: cards.unwrap_or_default(),
         empty_network_slots: 0,
     };
+    machine.empty_network_slots = MAX_CARDS.saturating_sub(machine.networks.len()) as u8;
+    let slots: Vec<([u8; 6], Slot)> =
+        machine.networks.iter().map(|network| network.mac).zip(machine.network_slots()).collect();
     control::configure_and_start(&control, machine)?;
 
     let root = share.open_view()?;
@@ -166,13 +201,73 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         descriptors.push((socket.as_fd(), 5));
     }
     let fsd = spawn_file_server(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
-    record(paths, &vmm, &fsd)?;
+    let network = match given {
+        Some(network) => network,
+        // The guest boots while it is made.
+        None => new_network(vcpus, policy)?,
+    };
+    for (mac, slot) in slots {
+        network.has_card(mac, slot);
+    }
+    let task = network.namespace().task_thread().map_err(system("start a thread in the network namespace"))?;
+    record(paths, &vmm, &fsd, &task)?;
     for child in [&vmm, &fsd] {
         // It may be refused to a shim of few rights; then the pod goes a little before its time.
         let _ = processes::set_oom_score(child.pid(), pod.spec.oom_score_adj);
     }
     let machine = Launched { spawned_ns, image, vmm, fsd, control, guest_streams, console, dialer };
-    Ok(Launch { machine, share, allotment, has_host_share })
+    Ok(Launch { machine, share, allotment, has_host_share, network, task })
+}
+
+/// Most cards (protos/src/monitor.rs).
+const MAX_CARDS: usize = 8;
+
+/// What a machine can have of the network.
+fn settings(vcpus: u8) -> Settings {
+    /// What the other parts of a machine leave of the descriptors that fit into one message (ibidem), which all of the machine's come with.
+    const DESCRIPTORS: u16 = 52;
+    Settings { queues: vcpus.into(), cards: MAX_CARDS, descriptors: DESCRIPTORS }
+}
+
+/// Joins the interfaces of a network namespace that others have made.
+fn join(
+    namespace: &Namespace,
+    paths: &PodPaths,
+    spec: &BundleSpec,
+    vcpus: u8,
+    policy: Policy,
+) -> Result<(Vec<Network>, PodNetwork), LaunchError> {
+    let file = paths.network();
+    let identity = namespace.identity().map_err(system("look at the network namespace"))?;
+    let record = Record { identity, path: spec.namespaces.network.clone().unwrap_or_default() };
+    // First, so that nothing stays if this process is killed.
+    record.write(&file).map_err(system(format!("write {}", file.display())))?;
+    let (cards, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
+    let of = |mac: [u8; 6]| message.interfaces.iter().find(move |interface| interface.mac == mac);
+    let devices =
+        cards.into_iter().map(|card| (of(card.mac), card)).map(|(of, card)| device(card, &policy, of)).collect();
+    Ok((devices, PodNetwork::new(namespace.clone(), policy, message, watch)))
+}
+
+/// A network namespace of the pod's own. Nothing is in it yet.
+fn new_network(vcpus: u8, policy: Policy) -> Result<PodNetwork, LaunchError> {
+    let namespace = Namespace::new().map_err(system("make a network namespace"))?;
+    let (_, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
+    Ok(PodNetwork::new(namespace, policy, message, watch))
+}
+
+/// The machine's part of a card; `interface` is the guest's, with its addresses.
+pub fn device(card: Card, policy: &Policy, interface: Option<&NetworkInterface>) -> Network {
+    /// The device's greatest: the interface's own may grow later.
+    const MAX_MTU: u16 = 65521;
+    Network {
+        taps: card.queues,
+        mac: card.mac,
+        mtu: MAX_MTU,
+        send_limit: policy.send,
+        receive_limit: policy.receive,
+        sources: policy.sources(interface),
+    }
 }
 
 /// The machine's size and the pod's cgroup, as the specification asks.
@@ -215,9 +310,9 @@ fn max_files(overhead_mib: u32) -> u64 {
     ((u64::from(overhead_mib) << 20) / 2 / FILE).max(LEAST)
 }
 
-fn record(paths: &PodPaths, vmm: &Child, fsd: &Child) -> Result<(), LaunchError> {
+fn record(paths: &PodPaths, vmm: &Child, fsd: &Child, task: &TaskThread) -> Result<(), LaunchError> {
     let path: PathBuf = paths.processes();
-    let pids = [("shim", std::process::id()), ("vmm", vmm.pid()), ("fsd", fsd.pid())];
+    let pids = [("shim", std::process::id()), ("vmm", vmm.pid()), ("fsd", fsd.pid()), (processes::TASK, task.pid())];
     // A process that has already ended needs no record.
     let members: Vec<Member> = pids.iter().filter_map(|(role, pid)| Member::of(role, *pid).ok()).collect();
     processes::record(&path, &members).map_err(system(format!("write {}", path.display())))

@@ -20,7 +20,7 @@ use caisson_protos::{
     monitor::ExitReason,
 };
 use caisson_vmm_client::{
-    CallError, Child, Ended, GuestStreams,
+    CallError, Child, Control, Ended, GuestStreams,
     control::{self, Answer},
 };
 use slog::{Logger, debug, error, info};
@@ -47,9 +47,8 @@ pub struct Machine {
     /// Calls to the agent.
     pub agent: AgentClient,
     rpc: Client,
-    /// The pid of caisson-vmm on the host: what containerd gets as the pid of the pod's processes, because a pid of
-    /// the guest means nothing, or somebody else, on the host.
-    pub pid: u32,
+    /// Calls to the monitor; a test's machine has none.
+    monitor: Option<Control>,
 }
 
 impl Machine {
@@ -57,10 +56,18 @@ impl Machine {
     ///
     /// # Errors
     /// If it does not accept.
-    pub async fn connect(dialer: Arc<Dialer>, pid: u32) -> Result<Self, DialError> {
+    pub async fn connect(dialer: Arc<Dialer>, monitor: Option<Control>) -> Result<Self, DialError> {
         let (stream, _) = dialer.dial(AGENT_PORT).await?;
         let rpc = Client::new(Socket::new(stream));
-        Ok(Self { dialer, agent: AgentClient::new(rpc.clone()), rpc, pid })
+        Ok(Self { dialer, agent: AgentClient::new(rpc.clone()), rpc, monitor })
+    }
+
+    /// Calls the monitor.
+    ///
+    /// # Errors
+    /// If there is none, as in tests.
+    pub fn monitor(&self) -> Result<&Control, CallError> {
+        self.monitor.as_ref().ok_or(CallError::Ended)
     }
 
     /// Calls the agent for an answer that can be large: one of more than `limit` bytes is refused before it is decoded,
@@ -233,12 +240,11 @@ async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline
         tokio::spawn(log_console(console, log.clone()));
     }
     let reason = {
-        let pid = vmm.pid();
         let work = async {
-            let (_control, driver, configured, started) = control::attach(control).map_err(system)?;
+            let (control, driver, configured, started) = control::attach(control).map_err(system)?;
             let streams = GuestStreams::new(guest_streams).map_err(system)?;
             let mut driver = tokio::spawn(driver.run());
-            let boot = timeout(limit, boot(configured, started, &streams, dialer, pid, timeline, log));
+            let boot = timeout(limit, boot(configured, started, &streams, dialer, control, timeline, log));
             let booted = tokio::select! {
                 biased;
                 booted = boot => booted.unwrap_or_else(|_| Err(BootError::TooLong(limit))),
@@ -359,7 +365,7 @@ async fn boot(
     started: Answer,
     streams: &GuestStreams,
     dialer: Dialer,
-    pid: u32,
+    control: Control,
     timeline: &Timeline,
     log: &Logger,
 ) -> Result<Machine, BootError> {
@@ -380,7 +386,7 @@ async fn boot(
     timeline.mark_at(Stage::Kernel, now.saturating_sub(ready.ready_ns.saturating_sub(ready.agent_started_ns)));
     let release: String = ready.kernel_release.chars().take(64).collect();
     debug!(log, "agent ready"; "kernel" => release);
-    Ok(Machine::connect(Arc::new(dialer), pid).await?)
+    Ok(Machine::connect(Arc::new(dialer), Some(control)).await?)
 }
 
 /// Bytes of the longest ready message.

@@ -14,7 +14,8 @@ use async_trait::async_trait;
 use caisson_protos::guest::HOST_SHARE_DIRECTORY;
 use caisson_runtime::{
     host::paths::PodPaths,
-    pod::{Limits, Pod, Provision, Provisions},
+    network::{Namespace, Policy, Settings, join},
+    pod::{Limits, Pod, Provision, Provisions, network::PodNetwork},
     rootfs::share::{Share, enter_mount_namespace},
     shim::{
         events::{Destination, Publisher},
@@ -88,6 +89,8 @@ pub struct Bench {
     pub guest: Arc<Guest>,
     pub pod: Arc<Pod>,
     pub machine: MachineHandle,
+    /// The pod's network namespace.
+    pub network: Namespace,
     owner: Arc<MachineOwner>,
     publisher: Publisher,
     containerd: Arc<Containerd>,
@@ -115,14 +118,29 @@ impl Bench {
     /// A pod whose machine is ready.
     pub async fn new() -> Self {
         let bench = Self::booting().await;
-        let dialer = Arc::new(Dialer::new(bench.directory.path()).unwrap());
-        let machine = Machine::connect(dialer, 4711).await.unwrap();
-        bench.owner.set(MachineState::Ready(Arc::new(machine)));
+        bench.boot().await;
         bench
+    }
+
+    /// A pod whose machine is ready, in this network namespace.
+    pub async fn within(network: Namespace) -> Self {
+        let bench = Self::booting_within(network).await;
+        bench.boot().await;
+        bench
+    }
+
+    async fn boot(&self) {
+        let dialer = Arc::new(Dialer::new(self.directory.path()).unwrap());
+        let machine = Machine::connect(dialer, None).await.unwrap();
+        self.owner.set(MachineState::Ready(Arc::new(machine)));
     }
 
     /// A pod whose machine is still on its way.
     pub async fn booting() -> Self {
+        Self::booting_within(Namespace::new().expect("these tests run as root")).await
+    }
+
+    async fn booting_within(network: Namespace) -> Self {
         let host = enter_mount_namespace().expect("these tests run as root");
         let (directory, state) = (tempfile::tempdir().unwrap(), Scratch::new());
         let (guest, agent) = guest::serve(directory.path()).await;
@@ -143,8 +161,16 @@ impl Bench {
         });
         let publisher = Publisher::start(Destination::Ttrpc(events), "ns", log.clone());
         let timeline = Arc::new(Timeline::new(now_ns()));
-        let provision =
-            Provision::Ready(Box::new(Provisions { share, spec: None, host, allotment: None, has_host_share: true }));
+        let settings = Settings { queues: 1, cards: 8, descriptors: 8 };
+        let (_, message, watch) = join(network.clone(), settings).unwrap();
+        let provision = Provision::Ready(Box::new(Provisions {
+            share,
+            first: None,
+            host,
+            allotment: None,
+            has_host_share: true,
+            network: PodNetwork::new(network.clone(), Policy::default(), message, watch),
+        }));
         let pod = Pod::new(handle.clone(), provision, publisher.clone(), LIMITS, timeline, log);
         let socket = format!("unix://{}", directory.path().join("task.sock").display());
         let mut server = Server::new().bind(&socket).unwrap().register_service(service::services(&pod));
@@ -157,6 +183,7 @@ impl Bench {
             guest,
             pod,
             machine: handle,
+            network,
             owner,
             publisher,
             containerd,

@@ -22,9 +22,9 @@ use std::{
 use async_trait::async_trait;
 use caisson_protos::{
     agent::{
-        ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest, PidsResponse, ProcessInfo,
-        ProcessRequest, ResizePtyRequest, StartResponse, StatsResponse, Stdio, UpdateRequest, WaitOomRequest,
-        WaitOomResponse, WaitResponse,
+        ConfigureNetworkRequest, ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest,
+        PidsResponse, ProcessInfo, ProcessRequest, ResizePtyRequest, StartResponse, StatsResponse, Stdio,
+        UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
     guest::{AGENT_PORT, STDIO_PORT},
@@ -59,6 +59,8 @@ pub struct Guest {
     pub calls: Mutex<Vec<String>>,
     /// Creates as they came.
     pub creates: Mutex<Vec<CreateRequest>>,
+    /// How the network is to be, the last word.
+    pub network: watch::Sender<Option<ConfigureNetworkRequest>>,
     /// Cuts the agent's connections.
     pub hang_up: Arc<Notify>,
     /// How often the kernel has killed for want of memory.
@@ -217,6 +219,13 @@ impl Agent for Guest {
         self.add((request.container_id, String::new()), &spec["process"], request.stdio.unwrap());
         self.answers("Create").await;
         Ok(CreateResponse { pid: 42, ..CreateResponse::default() })
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, request: ConfigureNetworkRequest) -> ttrpc::Result<Empty> {
+        self.calls.lock().unwrap().push("ConfigureNetwork".into());
+        self.check("ConfigureNetwork")?;
+        self.network.send_replace(Some(request));
+        Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<Empty> {

@@ -93,8 +93,8 @@ async fn hooks_run_at_their_moments_with_the_state_of_each() {
         let lines = text.lines().filter_map(split);
         lines.map(|(name, state)| (name, serde_json::from_str(&state).unwrap())).collect()
     };
-    let state = |status: &str| json!({ "ociVersion": "1.0.2", "id": "one", "status": status, "pid": 4711, "bundle": request.bundle, "annotations": { "who": "me" } });
-    bench.create(&request).await.unwrap();
+    let pid = bench.create(&request).await.unwrap().pid;
+    let state = |status: &str| json!({ "ociVersion": "1.0.2", "id": "one", "status": status, "pid": pid, "bundle": request.bundle, "annotations": { "who": "me" } });
     let mut expected = vec![("p".to_owned(), state("creating")), ("c".to_owned(), state("creating"))];
     assert_eq!(noted(), expected);
     bench.start("one", "").await.unwrap();
@@ -179,17 +179,17 @@ async fn the_second_container_joins_the_first_by_the_pid_of_its_task() {
     let bench = Bench::new().await;
     let join = |pid: u32| {
         move |spec: &mut Value| {
-            spec["linux"]["namespaces"][2]["path"] = json!(format!("/proc/{pid}/ns/net"));
+            spec["linux"]["namespaces"][3]["path"] = json!(format!("/proc/{pid}/ns/ipc"));
         }
     };
     let (code, message) = refusal(bench.create(&bench.request_with("one", &["sleep"], join(4711))).await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
-    assert!(message.contains("linux.namespaces[network]: PID 4711 is not in this pod"), "{message}");
+    assert!(message.contains("linux.namespaces[ipc]: PID 4711 is not in this pod"), "{message}");
     let pid = bench.create(&bench.request("one", &["sleep"])).await.unwrap().pid;
     bench.create(&bench.request_with("two", &["sleep"], join(pid))).await.unwrap();
     let create = bench.guest.creates.lock().unwrap().pop().unwrap();
     let joins: Vec<_> = create.joins.iter().map(|join| (join.type_.as_str(), join.container_id.as_str())).collect();
-    assert_eq!(joins, [("network", "one")]);
+    assert_eq!(joins, [("ipc", "one")]);
     let (code, message) = refusal(bench.create(&bench.request_with("three", &["sleep"], join(1))).await);
     assert_eq!((code, message.contains("PID 1 is not in this pod")), (Code::INVALID_ARGUMENT, true), "{message}");
 }
@@ -276,7 +276,15 @@ async fn what_a_specification_cannot_have_is_refused_before_a_machine_starts() {
         (without("network"), "linux.namespaces[network]"),
         (without("pid"), "linux.namespaces[pid]"),
         (without("ipc"), "linux.namespaces[ipc]"),
-        (with(|spec| spec["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/net")), "linux.namespaces[network]"),
+        (
+            with(|spec| spec["linux"]["namespaces"][2]["path"] = json!("/proc/self/ns/net")),
+            "linux.namespaces[network]: \"/proc/self/ns/net\" is the host's network namespace",
+        ),
+        (
+            with(|spec| spec["linux"]["namespaces"][2]["path"] = json!("/dev/null")),
+            "linux.namespaces[network]: \"/dev/null\" is no network namespace",
+        ),
+        (with(|spec| spec["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/ipc")), "linux.namespaces[ipc]"),
         (
             with(|spec| {
                 spec["linux"]["devices"] = json!([{ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 }])

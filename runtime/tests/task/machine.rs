@@ -103,8 +103,7 @@ async fn a_machine_boots_ends_and_says_why() {
     // What the guest opens before it is ready is nobody's.
     played.stream(9, b"");
     played.boot();
-    let machine = timeout(LIMIT, played.handle.ready()).await.expect("it boots").unwrap();
-    assert_eq!(machine.pid, played.vmm);
+    timeout(LIMIT, played.handle.ready()).await.expect("it boots").unwrap();
     played.stream(9, b"");
     played.say(&Event::Exited(ExitNotice { reason: ExitReason::TripleFault, detail: "vCPU 0".into() }));
     played.control = None;

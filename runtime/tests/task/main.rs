@@ -6,6 +6,7 @@ mod containers;
 mod guest;
 mod host;
 mod machine;
+mod network;
 mod restart;
 #[path = "../support/scratch.rs"]
 mod scratch;
@@ -28,7 +29,7 @@ async fn a_container_from_create_to_delete() {
     request.stdout = bench.fifo("out");
     request.stderr = bench.fifo("err");
     let (out, err) = (reader(&request.stdout), reader(&request.stderr));
-    assert_eq!(bench.create(&request).await.unwrap().pid, 4711);
+    let pid = bench.create(&request).await.unwrap().pid;
     assert_eq!(bench.shared(), ["one"]);
     let state = bench.state("one", "").await.unwrap();
     assert_eq!(
@@ -36,7 +37,7 @@ async fn a_container_from_create_to_delete() {
         (Status::CREATED, request.bundle.clone(), request.stdout.clone())
     );
     let waits = [bench.wait("one", ""), bench.wait("one", "")];
-    assert_eq!(bench.start("one", "").await.unwrap().pid, 4711);
+    assert_eq!(bench.start("one", "").await.unwrap().pid, pid);
     for wait in waits {
         let exit = wait.await.unwrap();
         assert_eq!(exit.exit_status, 0);
@@ -46,7 +47,7 @@ async fn a_container_from_create_to_delete() {
     assert_eq!(bench.state("one", "").await.unwrap().status.unwrap(), Status::STOPPED);
     assert_eq!(bench.wait("one", "").await.unwrap().exit_status, 0, "however late");
     let deleted = bench.delete("one", "").await.unwrap();
-    assert_eq!((deleted.exit_status, deleted.pid), (0, 4711));
+    assert_eq!((deleted.exit_status, deleted.pid), (0, pid));
     assert_eq!(bench.shared(), Vec::<String>::new());
     assert_eq!(refusal(bench.delete("one", "").await).0, Code::NOT_FOUND);
     assert_eq!(refusal(bench.state("one", "").await), (Code::NOT_FOUND, "container one not created".into()));
@@ -325,7 +326,7 @@ async fn shutdown_waits_for_the_last_container_and_then_ends_the_machine() {
 #[tokio::test]
 async fn both_names_of_the_service_are_served() {
     let bench = Bench::new().await;
-    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    let pid = bench.create(&bench.request("one", &["sleep"])).await.unwrap().pid;
     for service in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
         let mut request = ttrpc::proto::Request::new();
         request.service = service.into();
@@ -333,7 +334,7 @@ async fn both_names_of_the_service_are_served() {
         request.payload = ConnectRequest { id: "one".into(), ..ConnectRequest::default() }.write_to_bytes().unwrap();
         let response = timeout(LIMIT, bench.client.request(request)).await.expect("an answer").unwrap();
         let connected = containerd_shim_protos::api::ConnectResponse::parse_from_bytes(&response.payload).unwrap();
-        assert_eq!((connected.shim_pid, connected.task_pid), (std::process::id(), 4711));
+        assert_eq!((connected.shim_pid, connected.task_pid), (std::process::id(), pid));
     }
 }
 
@@ -343,8 +344,8 @@ async fn a_pod_without_a_container_refuses_connect() {
     let bench = Bench::new().await;
     let connect = ConnectRequest { id: "one".into(), ..ConnectRequest::default() };
     assert_eq!(refusal(bench.task.connect(within(), &connect).await).0, Code::NOT_FOUND);
-    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
-    assert_eq!(bench.task.connect(within(), &connect).await.unwrap().task_pid, 4711);
+    let pid = bench.create(&bench.request("one", &["sleep"])).await.unwrap().pid;
+    assert_eq!(bench.task.connect(within(), &connect).await.unwrap().task_pid, pid);
     let other = ConnectRequest { id: "two".into(), ..ConnectRequest::default() };
     assert_eq!(bench.task.connect(within(), &other).await.unwrap().task_pid, 0);
     bench.delete("one", "").await.unwrap();

@@ -54,7 +54,7 @@ async fn events_wait_for_containerd_however_often_it_dies() {
 #[tokio::test]
 async fn a_restarted_containerd_finds_its_task_and_goes_on_using_it() {
     let bench = Bench::new().await;
-    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    let pid = bench.create(&bench.request("one", &["sleep"])).await.unwrap().pid;
     bench.start("one", "").await.unwrap();
     // The old containerd waits, as it always does, and dies.
     let old = bench.connect().await;
@@ -69,7 +69,7 @@ async fn a_restarted_containerd_finds_its_task_and_goes_on_using_it() {
     let task = bench.connect().await;
     let connected =
         task.connect(within(), &ConnectRequest { id: "one".into(), ..ConnectRequest::default() }).await.unwrap();
-    assert_eq!((connected.shim_pid, connected.task_pid), (std::process::id(), 4711));
+    assert_eq!((connected.shim_pid, connected.task_pid), (std::process::id(), pid));
     let request = StateRequest { id: "one".into(), ..StateRequest::default() };
     assert_eq!(task.state(within(), &request).await.unwrap().status.unwrap(), Status::RUNNING);
     // containerd takes a shim without processes for a leftover.

@@ -34,7 +34,7 @@ pub fn draw(report: &Report) -> String {
         picture.heading(title);
         picture.bars(report, &[("caisson", &caisson), ("runc", &runc)]);
     }
-    for (place, title) in crate::storage::PLACES {
+    for (place, title, _) in crate::storage::PLACES {
         let ratios: Vec<(&str, String)> =
             crate::storage::STEPS.iter().map(|step| (*step, format!("{place}_{step}_ratio"))).collect();
         let ratios: Vec<(&str, &str)> = ratios.iter().map(|(step, name)| (*step, &**name)).collect();

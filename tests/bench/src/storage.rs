@@ -15,13 +15,14 @@ use crate::{
     progress, runtimes,
 };
 
-/// Files that are made, written, read, listed and removed.
+/// Files that are made, written, read, listed and removed on the root.
 pub const FILES: usize = 10_000;
 /// Size of the one file that is read and written in parts, MiB.
 const MIB: usize = 32;
 
-/// Where, and how a picture calls it.
-pub const PLACES: [(&str, &str); 2] = [("root", "the root"), ("bind", "a bind mount")];
+/// Where, how a picture calls it, and which part of the files is made there: on a bind mount each name is looked up each time, and the
+/// emulated host would take an hour for all of them.
+pub const PLACES: [(&str, &str, usize); 2] = [("root", "the root", 1), ("bind", "a bind mount", 10)];
 
 /// What the probe does, in its order.
 pub const STEPS: [&str; 10] = [
@@ -47,7 +48,8 @@ pub fn all(files: usize, only_runc: bool) -> Result<Report> {
     let shared = host.directory().join("shared");
     std::fs::create_dir(&shared).with_context(|| format!("make {}", shared.display()))?;
     let runtimes = runtimes(only_runc);
-    for (place, _) in PLACES {
+    for (place, _, part) in PLACES {
+        let files = (files / part).max(1);
         let mut times: Vec<Pair> = STEPS.iter().map(|_| Pair::default()).collect();
         for (&runtime, round) in runtimes.iter().zip(1..) {
             progress(&format!("{files} files and {MIB} MiB, {place}"), round, runtimes.len() as u32);

@@ -15,6 +15,7 @@ use crate::{
     disk::Disk,
     environment::{self, Runtime},
     leftovers::{self, Leftovers},
+    network,
     pod::Container,
     process::{self, Running},
     wait,
@@ -39,6 +40,7 @@ pub struct Setup {
     disk_mib: Option<usize>,
     kvm: Kvm,
     snapshotter: Option<&'static str>,
+    own_network: bool,
 }
 
 impl Setup {
@@ -58,6 +60,13 @@ impl Setup {
     /// Something else in place of /dev/kvm.
     pub fn kvm(mut self, kvm: Kvm) -> Self {
         self.kvm = kvm;
+        self
+    }
+
+    /// A network namespace of its own for containerd and all that the test starts from its own thread: whatever network
+    /// plugins do to the host they do there.
+    pub fn own_network(mut self) -> Self {
+        self.own_network = true;
         self
     }
 
@@ -101,6 +110,9 @@ impl Host {
     pub fn start(runtime: Runtime, setup: Setup) -> Self {
         // Whatever a shim or containerd leaves behind becomes this process's child and is seen.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).expect("Linux has sub-reapers");
+        if setup.own_network {
+            network::enter_new();
+        }
         let tag = format!("e2e{}", process::own_pid());
         let base = std::env::var_os("CAISSON_E2E_DIR").map_or_else(|| PathBuf::from("/run"), PathBuf::from);
         let directory = base.join(format!("caisson-{tag}"));

@@ -114,7 +114,7 @@ pub(crate) fn cgroups(tag: &str) -> Vec<PathBuf> {
 
 /// Unix sockets with `tag` in their name.
 fn sockets(tag: &str) -> BTreeSet<String> {
-    let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let table = fs::read_to_string("/proc/thread-self/net/unix").unwrap_or_default();
     let name = |line: &str| line.split_whitespace().nth(7).map(str::to_owned);
     table.lines().filter_map(name).filter(|name| name.contains(tag)).collect()
 }

@@ -35,6 +35,7 @@ pub mod guest_memory;
 pub mod hold;
 pub mod host;
 pub mod leftovers;
+pub mod network;
 pub mod pod;
 pub mod process;
 pub mod shim;

@@ -7,7 +7,10 @@
 
 use std::sync::Arc;
 
-use caisson_protos::{guest::Slot, monitor::NetworkConfig};
+use caisson_protos::{
+    guest::Slot,
+    monitor::{AllowedSources, NetworkConfig},
+};
 use slog::Logger;
 
 use super::{Machine, MachineError, devices, system};
@@ -75,6 +78,14 @@ impl Machine {
     pub fn set_link(&self, slot: Slot, up: bool) -> Result<(), MachineError> {
         self.network(slot)?.set_link(up);
         Ok(())
+    }
+
+    /// Changes the addresses from which the guest may send through a network device.
+    ///
+    /// # Errors
+    /// [`MachineError::NoNetwork`], [`MachineError::AnySource`].
+    pub fn set_sources(&self, slot: Slot, sources: &AllowedSources) -> Result<(), MachineError> {
+        if self.network(slot)?.set_sources(sources) { Ok(()) } else { Err(MachineError::AnySource { slot }) }
     }
 
     fn network(&self, slot: Slot) -> Result<Arc<MmioDevice>, MachineError> {

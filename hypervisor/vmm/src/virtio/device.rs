@@ -6,7 +6,7 @@
 
 use std::os::fd::RawFd;
 
-use caisson_protos::monitor::NetworkStats;
+use caisson_protos::monitor::{AllowedSources, NetworkStats};
 use event_manager::EventSet;
 
 use super::{BufferError, Chain, GuestMemory, QueueError, VirtQueue};
@@ -161,6 +161,11 @@ pub trait VirtioDevice: Send {
 
     /// Reports to the driver, by the configuration space, whether there is a link. False from a device that has none.
     fn set_link(&mut self, _up: bool) -> bool {
+        false
+    }
+
+    /// Changes the addresses from which the guest may send; false if the device does not look at them.
+    fn set_sources(&mut self, _sources: &AllowedSources) -> bool {
         false
     }
 

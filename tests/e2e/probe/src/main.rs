@@ -11,6 +11,7 @@
 //! probe as UID DIRECTORY              what a user may and may not do (started by `files`)
 //! probe cases GROUP ARGUMENT...       system calls, each with what the kernel answered (see `cases`)
 //! probe storage DIRECTORY FILES MIB   the times of the storage benchmark
+//! probe net END ARGUMENT...           one end of a connection (see `net`)
 //! ```
 //!
 //! It is static (musl), so it runs on any image.
@@ -18,6 +19,7 @@
 mod cases;
 mod files;
 mod hook;
+mod net;
 mod see;
 mod space;
 mod storage;
@@ -51,10 +53,11 @@ fn main() -> Result<()> {
         ["lines", count] => lines(number(count)?),
         ["cases", ref words @ ..] => cases::run(words),
         ["storage", directory, files, mib] => storage::run(Path::new(directory), number(files)?, number(mib)?),
+        ["net", ref words @ ..] => net::run(words),
         ["as", uid, directory] => users::as_user(number(uid)? as u32, Path::new(directory)),
         _ => bail!(
             "usage: probe files DIRECTORY COUNT MIB | lines COUNT | as UID DIRECTORY | report [WORD...] | hook FILE NAME | \
-             cases GROUP ARGUMENT... | storage DIRECTORY FILES MIB"
+             cases GROUP ARGUMENT... | storage DIRECTORY FILES MIB | net END ARGUMENT..."
         ),
     }
 }

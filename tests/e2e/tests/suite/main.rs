@@ -11,6 +11,8 @@ mod isolation;
 mod lifecycle;
 mod many;
 mod matrix;
+mod network;
+mod port_forward;
 mod refusals;
 mod resources;
 mod spec;

@@ -1,6 +1,7 @@
 //! Every part of a pod, and containerd itself, killed at every moment of a task's life: containerd can report the task
 //! and delete it, nothing stays, and the pod beside it notices nothing. After a restart containerd finds its tasks and
-//! goes on using them. Every day some of the 36 cells, in full size all; `crash` has some more of the everyday ones.
+//! goes on using them. Every day some of the 36 cells, in full size all; `crash` has some more of the everyday ones. The pods
+//! have a network, and their network namespace is afterwards as it was.
 //!
 //! No moment is guessed by time. Before Create, the shim's address is kept from containerd ([`Gate`]). During Create,
 //! Exec and Delete, the pod's file server is stopped, and a request that waits for it shows that the call has come that
@@ -9,18 +10,23 @@
 use std::time::Instant;
 
 use caisson_e2e::{
-    Finished, Host, Runtime,
+    Finished, Host, Runtime, Setup,
     gate::Gate,
     guest_memory,
     hold::Hold,
+    network::{self, Netns},
     process::{self, Process, Running},
     sizes, until,
     wait::STEP,
 };
 use rustix::process::Signal;
 
-caisson_e2e::for_each_runtime!(shim, containerd);
-caisson_e2e::caisson_only!(monitor, file_server, agent, kernel);
+caisson_e2e::for_each_runtime!(shim in setup(), containerd in setup());
+caisson_e2e::caisson_only!(monitor in setup(), file_server in setup(), agent in setup(), kernel in setup());
+
+fn setup() -> Setup {
+    Setup::default().own_network()
+}
 
 /// What is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +84,9 @@ fn row(host: &Host, part: Part, everyday: &[Moment]) {
     host.configure(&host.configuration().set("log_level", "\"debug\"").to_text());
     let gate = Gate::build(host);
     let neighbour = host.container("neighbour").start_idle();
+    let mut netns = Netns::new(host, "killed");
+    netns.attach("eth0", &[network::bridge(host, 1)]);
+    let before = netns.state();
     host.count_anew();
     let moments = if sizes::full() { &MOMENTS } else { everyday };
     for (index, moment) in moments.iter().enumerate() {
@@ -86,7 +95,8 @@ fn row(host: &Host, part: Part, everyday: &[Moment]) {
         let held = matches!(moment, DuringCreate | DuringExec | DuringDelete);
         let forgotten = part == Part::Containerd && *moment == BeforeCreate;
         if host.runtime == Runtime::Caisson || !(held || forgotten) {
-            cell(host, &gate, part, *moment);
+            cell(host, &gate, &netns, part, *moment);
+            assert_eq!(netns.state(), before, "{part:?} killed {moment:?}: the network namespace is not as it was");
             let told = neighbour.exec(&format!("asked-{index}"), &["echo", "unharmed"]);
             assert_eq!(told.succeeded(), "unharmed\n", "{part:?} killed {moment:?}");
         }
@@ -110,8 +120,8 @@ struct Scene<'a> {
     client: Option<Running>,
 }
 
-fn cell(host: &Host, gate: &Gate, part: Part, moment: Moment) {
-    let mut scene = Scene::reach(host, gate, moment, &format!("{part:?}-{moment:?}").to_lowercase());
+fn cell(host: &Host, gate: &Gate, netns: &Netns, part: Part, moment: Moment) {
+    let mut scene = Scene::reach(host, gate, netns, moment, &format!("{part:?}-{moment:?}").to_lowercase());
     let begin = Instant::now();
     scene.kill(part);
     gate.open();
@@ -140,11 +150,11 @@ fn cell(host: &Host, gate: &Gate, part: Part, moment: Moment) {
 
 impl<'a> Scene<'a> {
     /// Brings a pod to `moment`.
-    fn reach(host: &'a Host, gate: &Gate, moment: Moment, name: &str) -> Self {
+    fn reach(host: &'a Host, gate: &Gate, netns: &Netns, moment: Moment, name: &str) -> Self {
         let id = host.container(name).id;
         if moment == BeforeCreate || moment == DuringCreate {
             gate.close();
-            let client = Running::start(&mut run(host, &id, &[]));
+            let client = Running::start(&mut run(host, netns, &id, &[]));
             gate.wait();
             let mut scene = Self::new(host, id, Some(client));
             if host.runtime == Runtime::Caisson {
@@ -158,12 +168,13 @@ impl<'a> Scene<'a> {
             return scene;
         }
         if moment == AfterCreate {
-            let given_up = finish(Running::start(&mut run(host, &id, &["--pid-file", "/no/such/directory/pid"])));
+            let given_up =
+                finish(Running::start(&mut run(host, netns, &id, &["--pid-file", "/no/such/directory/pid"])));
             assert!(given_up.err().contains("/no/such/directory"), "{given_up:?}");
             assert!(is(host, &id, "CREATED"), "it was created and not started");
             return Self::new(host, id, None);
         }
-        finish(Running::start(&mut run(host, &id, &[]))).succeeded();
+        finish(Running::start(&mut run(host, netns, &id, &[]))).succeeded();
         let mut scene = Self::new(host, id, None);
         match moment {
             DuringExec => {
@@ -263,9 +274,14 @@ impl<'a> Scene<'a> {
     }
 }
 
-fn run(host: &Host, id: &str, flags: &[&str]) -> std::process::Command {
+fn run(host: &Host, netns: &Netns, id: &str, flags: &[&str]) -> std::process::Command {
     let mut command = host.ctr(["run", "--detach", "--null-io", "--runtime", host.runtime.name()]);
-    command.args(["--snapshotter", host.snapshotter()]).args(flags).args([host.image_name(), id, "sleep", "100000"]);
+    command.args(["--snapshotter", host.snapshotter()]).args(netns.flags()).args(flags).args([
+        host.image_name(),
+        id,
+        "sleep",
+        "100000",
+    ]);
     command
 }
 

@@ -36,7 +36,7 @@ use std::{
     },
 };
 
-use caisson_protos::monitor::NetworkStats;
+use caisson_protos::monitor::{AllowedSources, NetworkStats};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use kvm_ioctls::IoEventAddress;
 use slog::Logger;
@@ -203,6 +203,11 @@ impl MmioDevice {
     /// Whether a driver uses it.
     pub fn is_live(&self) -> bool {
         self.lock().registers.is_live()
+    }
+
+    /// Changes the addresses from which the guest may send; false if the device does not look at them.
+    pub fn set_sources(&self, sources: &AllowedSources) -> bool {
+        self.lock().device.set_sources(sources)
     }
 
     /// Reports to the driver whether there is a link; false if the device is of a kind that has none.

@@ -341,6 +341,14 @@ impl VirtioDevice for Net {
         Some(self.stats)
     }
 
+    fn set_sources(&mut self, sources: &AllowedSources) -> bool {
+        let bound = self.sources.is_some();
+        if bound {
+            self.sources = Some(Sources::new(self.mac, sources));
+        }
+        bound
+    }
+
     fn set_link(&mut self, up: bool) -> bool {
         self.state.link = up;
         self.update_config();

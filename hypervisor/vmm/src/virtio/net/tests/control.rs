@@ -1,5 +1,6 @@
 //! The control queue, several queue pairs, resets and saved states.
 
+use caisson_protos::monitor::AllowedSources;
 use virtio_bindings::virtio_net::*;
 
 use super::driver::*;
@@ -180,4 +181,15 @@ fn a_saved_state_goes_on_in_another_process() {
     other.settle();
     assert!(other.received(2).is_some());
     assert_eq!(other.net.stats.receive_filtered, 0, "without buffers nothing is read");
+}
+
+#[test]
+fn the_addresses_that_a_guest_may_send_from_are_as_the_parent_says() {
+    let mut bound =
+        Driver::new(1, crate::virtio::net::Settings { sources: Some(AllowedSources::default()), ..settings() });
+    assert!(bound.net.set_sources(&AllowedSources { ipv4: vec![[10, 0, 0, 2].into()], ..AllowedSources::default() }));
+    assert!(bound.net.sources.is_some());
+    let mut free = Driver::new(1, settings());
+    assert!(!free.net.set_sources(&AllowedSources::default()), "nobody asked for that when it was made");
+    assert!(free.net.sources.is_none());
 }
