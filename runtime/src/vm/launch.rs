@@ -87,7 +87,8 @@ fn command_line(vcpus: u8, console: bool) -> String {
     let console = if console { "loglevel=7 8250.nr_uarts=1" } else { "quiet loglevel=1 8250.nr_uarts=0" };
     let smp = if vcpus == 1 { " noreplace-smp" } else { "" };
     format!(
-        "reboot=k panic=-1 {console} rcupdate.rcu_expedited=1 percpu_alloc=page retain_initrd swiotlb=noforce tsc=reliable{smp}"
+        "reboot=k panic=-1 {console} rcupdate.rcu_expedited=1 percpu_alloc=page retain_initrd swiotlb=noforce tsc=reliable dummy.numdummies=0 \
+         ifb.numifbs=0{smp}"
     )
 }
 
