@@ -67,7 +67,7 @@ pub fn bridge(host: &Host, net: u8) -> Value {
     json!({
         "type": "bridge", "name": format!("net{net}"), "bridge": format!("br{net}"), "isDefaultGateway": true,
         "ipMasq": false, "hairpinMode": true,
-        "ipam": addresses(host, net),
+        "ipam": range(host, net),
     })
 }
 
