@@ -3,6 +3,7 @@
 //! ```text
 //! agent                                stage (the socket is its descriptor 0)
 //!   │ ── plan + descriptors ──────────►  │
+//!   │ ◄─ Terminal (+ its master side) ─  │  where others live in the pid namespace already, before it has a child there
 //!   │ ◄─ Born(pid) ────────────────────  │  with namespaces that hold from birth on only: its child is the container's
 //!   │ ── seen ────────────────────────►  │  process and goes on, and it ends
 //!   │                                    │  prepares (before Born where others live in the pid namespace already)
@@ -44,8 +45,11 @@ const SEEN: u8 = 2;
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Reply {
     /// The process with this number in the agent's pid namespace takes over. It is this stage's child until the agent
-    /// has said that it knows. A terminal's master side comes beside it if the stage has prepared one already.
+    /// has said that it knows, and the agent checks that: the child has this socket as well, and from its birth on a
+    /// process of its pid namespace may use it in its place.
     Born(i32),
+    /// The terminal's master side comes beside it. The first of all replies, or none.
+    Terminal,
     /// Prepared; the next is exec. A terminal's master side comes beside it, unless it came before.
     Ready,
     /// It ends now.

@@ -7,6 +7,7 @@
 //! ```text
 //!   stream, then call:   arrive ──► parked ──claim──► delivered
 //!                                     └── expire ──► dropped (the shim died before it could say what for)
+//!             or: refused, if too many are parked; the call is told
 //!   call, then stream:   claim ───► awaited ─arrive─► delivered
 //!                                     └── abandon ──► forgotten (the call's limit passed)
 //! ```
@@ -14,7 +15,7 @@
 //! At most [`MAX_PARKED`] streams are parked, whatever the shim does.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -49,6 +50,17 @@ pub enum ClaimError {
         /// The stream's port on the host's side.
         port: u32,
     },
+    /// It came, and there was no room for it.
+    #[error(
+        "{name}: the stream from port {port} was refused, because {MAX_PARKED} others wait for the calls that name them: \
+         start fewer processes at once"
+    )]
+    Refused {
+        /// stdin, stdout or stderr.
+        name: &'static str,
+        /// The stream's port on the host's side.
+        port: u32,
+    },
 }
 
 enum Slot<S, W> {
@@ -60,6 +72,8 @@ enum Slot<S, W> {
 pub struct Book<S, W> {
     slots: HashMap<u32, Slot<S, W>>,
     parked: usize,
+    /// The ports of the last streams that were refused, so that their calls need not wait for them; [`MAX_PARKED`] at most.
+    refused: VecDeque<u32>,
 }
 
 /// What became of a stream that arrived.
@@ -82,11 +96,13 @@ pub enum Claim<S> {
     Later,
     /// Another call waits for it.
     Taken,
+    /// It came when too many waited.
+    Refused,
 }
 
 impl<S, W> Default for Book<S, W> {
     fn default() -> Self {
-        Self { slots: HashMap::new(), parked: 0 }
+        Self { slots: HashMap::new(), parked: 0, refused: VecDeque::new() }
     }
 }
 
@@ -94,6 +110,7 @@ impl<S, W> Book<S, W> {
     /// A stream has come from `port`. One that is still parked under the same port is dead (the host reuses a port only
     /// after its stream has ended) and is replaced.
     pub fn arrive(&mut self, port: u32, stream: S) -> Arrival<S, W> {
+        self.refused.retain(|refused| *refused != port);
         match self.slots.entry(port) {
             Entry::Occupied(mut entry) => match entry.get_mut() {
                 Slot::Parked(old) => {
@@ -105,7 +122,13 @@ impl<S, W> Book<S, W> {
                     Slot::Parked(_) => Arrival::Refused(stream),
                 },
             },
-            Entry::Vacant(_) if self.parked >= MAX_PARKED => Arrival::Refused(stream),
+            Entry::Vacant(_) if self.parked >= MAX_PARKED => {
+                if self.refused.len() >= MAX_PARKED {
+                    self.refused.pop_front();
+                }
+                self.refused.push_back(port);
+                Arrival::Refused(stream)
+            }
             Entry::Vacant(entry) => {
                 entry.insert(Slot::Parked(stream));
                 self.parked += 1;
@@ -125,10 +148,16 @@ impl<S, W> Book<S, W> {
                 self.slots.insert(port, taken);
                 Claim::Taken
             }
-            None => {
-                self.slots.insert(port, Slot::Awaited(waiter()));
-                Claim::Later
-            }
+            None => match self.refused.iter().position(|refused| *refused == port) {
+                Some(place) => {
+                    self.refused.remove(place);
+                    Claim::Refused
+                }
+                None => {
+                    self.slots.insert(port, Slot::Awaited(waiter()));
+                    Claim::Later
+                }
+            },
         }
     }
 
@@ -214,6 +243,7 @@ impl Streams {
         match claim {
             Claim::Now(parked) => Ok(Some(parked.into_stream())),
             Claim::Taken => Err(ClaimError::Taken { name, port }),
+            Claim::Refused => Err(ClaimError::Refused { name, port }),
             Claim::Later => match tokio::time::timeout(CLAIM_LIMIT, receiver).await {
                 Ok(Ok(stream)) => Ok(Some(stream)),
                 _ => {
@@ -303,6 +333,21 @@ mod tests {
         assert_eq!(book.arrive(9999, 7), Arrival::Refused(7));
         assert_eq!(book.claim(1, || ()), Claim::Now(0));
         assert_eq!(book.arrive(9999, 7), Arrival::Parked);
+        assert_eq!(book.claim(9999, || ()), Claim::Now(7), "what came again is no longer refused");
+    }
+
+    #[test]
+    fn who_claims_a_refused_stream_learns_it_at_once() {
+        let mut book: Book<u32, ()> = Book::default();
+        for port in 1..=MAX_PARKED as u32 {
+            assert_eq!(book.arrive(port, port), Arrival::Parked);
+        }
+        for port in 5000..5001 + MAX_PARKED as u32 {
+            assert_eq!(book.arrive(port, 0), Arrival::Refused(0));
+        }
+        assert_eq!(book.claim(5001, || ()), Claim::Refused);
+        assert_eq!(book.claim(5001, || ()), Claim::Later, "it is told once");
+        assert_eq!(book.claim(5000, || ()), Claim::Later, "no more than so many are remembered");
     }
 
     #[tokio::test(start_paused = true)]

@@ -202,9 +202,15 @@ impl Containers {
             stage.send_plan(plan, &borrowed).await.map_err(trying("send the plan to the stage"))?;
             let mut answer = stage.receive().await.map_err(trying("receive the stage's answer"))?;
             let mut terminal = None;
-            if let Some((Reply::Born(pid), beside)) = answer {
+            if let Some((Reply::Terminal, master)) = answer {
+                terminal = master;
+                answer = stage.receive().await.map_err(trying("receive the stage's answer"))?;
+            }
+            if let Some((Reply::Born(pid), _)) = answer {
+                if !is_child(pid, process.pid()) {
+                    return Err(Error::StageEnded);
+                }
                 self.replace_stage(process, pid);
-                terminal = beside;
                 if let Plan::Exec(exec) = plan {
                     let file = exec.cgroup.join("cgroup.procs");
                     let failed = |error| Error::Io { what: format!("write {pid} to {}", file.display()), error };
@@ -221,7 +227,7 @@ impl Containers {
             Some((Reply::Ready, _)) if plan.enters_last() => Ok(from_stage),
             Some((Reply::Ready, terminal)) => Ok(terminal),
             Some((Reply::Failed(failure), _)) => Err(failure.into()),
-            Some((Reply::Born(_), _)) | None => Err(Error::StageEnded),
+            Some((Reply::Born(_) | Reply::Terminal, _)) | None => Err(Error::StageEnded),
         }
     }
 
@@ -289,13 +295,21 @@ async fn enter(stage: &mut AgentEnd, limit: Duration) -> Result<()> {
         // The socket closed on exec. A process that was killed before that has ended, as Wait will tell.
         None => Ok(()),
         Some((Reply::Failed(failure), _)) => Err(failure.into()),
-        Some((Reply::Ready | Reply::Born(_), _)) => Err(Error::StageEnded),
+        Some((Reply::Ready | Reply::Born(_) | Reply::Terminal, _)) => Err(Error::StageEnded),
     }
 }
 
 async fn limited<T>(what: &'static str, limit: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
     let late = |_| Error::TimedOut { what, seconds: limit.as_secs() };
     tokio::time::timeout(limit, work).await.map_err(late)?
+}
+
+/// Whether process `pid` is a child of process `parent`. What names it may come from within the container's pid namespace, and
+/// must not be any process of the machine.
+fn is_child(pid: i32, parent: Option<i32>) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+    let found = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse::<i32>().ok());
+    found.is_some() && found == parent
 }
 
 /// How long something may take on the way of which these hooks run.
@@ -320,4 +334,24 @@ fn relative(field: &'static str, path: &str) -> Result<PathBuf> {
         return Err(Error::Path { field, path: path.to_owned() });
     }
     Ok(path.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_is_not_the_stages_child_does_not_take_its_place() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert!(is_child(pid, Some(own)));
+        for (pid, parent) in
+            [(pid, Some(pid)), (pid, None), (own, Some(own)), (1, Some(own)), (0, Some(0)), (-1, Some(own))]
+        {
+            assert!(!is_child(pid, parent), "{pid} {parent:?}");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }

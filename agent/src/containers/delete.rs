@@ -71,7 +71,9 @@ impl Containers {
         Ok(cgroup.remove().await?)
     }
 
-    /// Brings what the containers wrote to the host's file system.
+    /// Brings what the containers wrote to the host's file system: what the guest still holds of the container's files must be
+    /// there before the host unmounts or copies its root. Linux writes back a file system at the least, so this is for those of
+    /// all containers; and for FUSE that includes the server's own syncfs(2).
     async fn write_back(&self) -> Result<()> {
         let roots = self.share.roots();
         let failed = |error| Error::Io { what: "write the container's files back".into(), error };

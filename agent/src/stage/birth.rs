@@ -24,10 +24,7 @@
 //!                                                           ends      takes the terminal, enters the program
 //! ```
 
-use std::{
-    fs,
-    os::fd::{AsFd, OwnedFd},
-};
+use std::{fs, os::fd::OwnedFd};
 
 use nix::{
     errno::Errno,
@@ -134,7 +131,7 @@ fn be_reborn(plan: &NamespacePlan, agent: &mut StageEnd) -> Result<(), Failure> 
         let _ = Pid::from_raw(pid).map(|pid| waitpid(Some(pid), WaitOptions::empty()));
         return Err(failure);
     }
-    handover.give(pid, agent, None)
+    handover.give(pid, agent)
 }
 
 /// By what a child learns that it may go on.
@@ -174,13 +171,8 @@ impl Handover {
     }
 
     /// Goes on as a child in the pid namespace that was joined; this process has no rights left that its program is not
-    /// to have. `terminal` is the master side, which only the agent gets.
-    pub(super) fn enter_last(
-        self,
-        process: &ProcessPlan,
-        terminal: Option<OwnedFd>,
-        agent: &mut StageEnd,
-    ) -> Result<(), Failure> {
+    /// to have.
+    pub(super) fn enter_last(self, process: &ProcessPlan, agent: &mut StageEnd) -> Result<(), Failure> {
         // SAFETY: a stage has one thread.
         let born = unsafe { sys::fork_into(CloneFlags::empty()) };
         let born = born.map_err(|error| {
@@ -192,7 +184,7 @@ impl Handover {
             failure
         })?;
         match born {
-            Some(pid) => self.give(pid, agent, terminal.as_ref()),
+            Some(pid) => self.give(pid, agent),
             None => {
                 self.wait();
                 Ok(())
@@ -210,10 +202,8 @@ impl Handover {
     }
 
     /// In the parent: lets the child go on when the agent knows it, and ends.
-    fn give(self, pid: i32, agent: &mut StageEnd, terminal: Option<&OwnedFd>) -> Result<(), Failure> {
-        agent
-            .send(&Reply::Born(pid), terminal.map(AsFd::as_fd))
-            .trying(|| "report the container's process to the agent".into())?;
+    fn give(self, pid: i32, agent: &mut StageEnd) -> Result<(), Failure> {
+        agent.send(&Reply::Born(pid), None).trying(|| "report the container's process to the agent".into())?;
         agent.receive_seen().trying(|| "wait for the agent".into())?;
         write(&self.release, &[0]).trying(|| "let the container's process go on".into())?;
         sys::exit_at_once(0)

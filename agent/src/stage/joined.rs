@@ -67,7 +67,7 @@ pub(super) fn run(
     match answer.trying(|| "receive a helper's answer".into())? {
         Some((Reply::Ready, descriptor)) => Ok(descriptor),
         Some((Reply::Failed(failure), _)) => Err(failure),
-        Some((Reply::Born(_), _)) | None => {
+        Some((Reply::Born(_) | Reply::Terminal, _)) | None => {
             Err(Failure::new(FailureKind::Internal, "a helper in the joined pid namespace ended without an answer"))
         }
     }

@@ -149,7 +149,11 @@ fn stage(agent: &mut StageEnd) -> Result<std::convert::Infallible, Failure> {
     identity::assume(&plan, &root)?;
     drop(root);
     if let Some(handover) = handover {
-        handover.enter_last(process, terminal.take(), agent)?;
+        // Only the agent gets it, and from this process, which nobody else can name.
+        if let Some(master) = terminal.take() {
+            agent.send(&Reply::Terminal, Some(master.as_fd())).trying(|| "hand over the terminal".into())?;
+        }
+        handover.enter_last(process, agent)?;
         begin_session()?;
         stdio::control(process)?;
         run_on(&process.affinity.after, "final")?;

@@ -29,6 +29,10 @@ use rustix::{
 ///
 /// Left out on purpose: DAC_READ_SEARCH (it opens any inode of the file system by handle, in or out of the shared directory),
 /// SYS_ADMIN (mounts, trusted.* attributes, which drive overlayfs), LINUX_IMMUTABLE, SYS_RESOURCE (quota).
+///
+/// Space that ext4 reserves for root can be had without SYS_RESOURCE: it counts who root is as well, and on an overlay the
+/// rights of whoever mounted it, as with a container of runc whose user is root. Writing as another user would not do: a network file
+/// system asks its server with that user's name.
 pub const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)

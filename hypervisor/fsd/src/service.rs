@@ -145,6 +145,7 @@ impl Service {
         let directory = self.tree.node(parent)?;
         let attempt = || creating_as(context.uid, context.gid, umask, || make(directory.as_fd()));
         self.tree.retry_without_space(attempt)?;
+        // By its name once more: unlike open(2) these calls return no descriptor of what they have made.
         Ok(self.tree.lookup_made(&directory, name, claim)?)
     }
 }

@@ -390,7 +390,9 @@ impl Tree {
     /// # Errors
     /// `attempt`'s.
     pub fn retry_without_space<T>(&self, mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
-        /// In which a thread that has received a FORGET begins with it.
+        /// In which a thread that has received a FORGET begins with it. Between its recv(2) and the lock below nothing tells that
+        /// it has one: to know, every request would need the lock around its recv, or a further call. So this waits by the clock,
+        /// once a request, and only where the alternative is the guest's error.
         const PAUSE: Duration = Duration::from_millis(5);
         match attempt() {
             Err(Errno::NOSPC | Errno::DQUOT) => {

@@ -15,9 +15,7 @@ use caisson_e2e::{
 };
 use sha2::{Digest, Sha256};
 
-caisson_e2e::for_each_runtime!(of_containers_by_hand, of_a_terminal, of_a_terminal_of_an_exec);
-// With runc's shim of containerd 1.6 some of these orders never end.
-caisson_e2e::caisson_only!(of_execs_by_hand);
+caisson_e2e::for_each_runtime!(of_containers_by_hand, of_execs_by_hand, of_a_terminal, of_a_terminal_of_an_exec);
 
 /// When the client ends its input, and when it calls CloseIO.
 #[derive(Clone, Copy, Debug)]

@@ -3,15 +3,20 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
+use rustix::fs::{FallocateFlags, fallocate, fdatasync, ioctl_blksszget};
 
-use super::request::Segment;
+use super::request::{SECTOR, Segment};
 
 /// Zeros are written in pieces of this size where the file cannot make them itself.
 const ZEROES: usize = 64 << 10;
 
 /// A file or block device; tests have their own.
 pub trait Backing: Send + 'static {
+    /// The block size that a partition table or file system on it counts in, bytes.
+    fn block_size(&self) -> u32 {
+        SECTOR as u32
+    }
+
     /// Reads at `position`; may read less.
     ///
     /// # Errors
@@ -38,6 +43,11 @@ pub trait Backing: Send + 'static {
 }
 
 impl Backing for OwnedFd {
+    fn block_size(&self) -> u32 {
+        // A regular file has none.
+        ioctl_blksszget(self).unwrap_or(SECTOR as u32)
+    }
+
     fn read_at(&self, data: &mut [u8], position: u64) -> io::Result<usize> {
         Ok(rustix::io::pread(self, data, position)?)
     }

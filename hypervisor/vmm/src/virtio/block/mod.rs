@@ -16,15 +16,15 @@ mod engine;
 mod pieces;
 mod request;
 
-use std::{collections::BTreeMap, io};
+use std::{collections::BTreeMap, io, ops::RangeInclusive};
 
 use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
 use slog::Logger;
 use virtio_bindings::{
     virtio_blk::{
-        VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
-        VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+        VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+        VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
     },
     virtio_ids::VIRTIO_ID_BLOCK,
 };
@@ -46,6 +46,8 @@ const REQUESTS: usize = 0;
 const SEG_MAX: u32 = 126;
 /// What is taken from the queue before others on the device thread have their turn.
 const TURN: Turn = Turn { chains: 32, bytes: 1 << 20 };
+/// Block sizes that are told to the guest, bytes.
+const BLOCK_SIZES: RangeInclusive<u32> = SECTOR as u32..=4096;
 /// No further request is taken while so many bytes are with the disk's thread.
 pub const MAX_AHEAD: usize = 1 << 20;
 
@@ -54,6 +56,8 @@ pub const MAX_AHEAD: usize = 1 << 20;
 pub struct BlockState {
     /// Size in sectors, fixed when the machine was built.
     pub sectors: u64,
+    /// The file's own block size, bytes; what a driver of Linux takes: a power of two from [`SECTOR`] to a page.
+    pub block_size: u32,
     /// Writes are refused.
     pub read_only: bool,
     /// What the driver reads as serial number, padded with zeros.
@@ -96,7 +100,11 @@ impl Block {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let state = BlockState { sectors: size / SECTOR, read_only, serial: id, in_flight: BTreeMap::new() };
+        // With a size of its own that is not told, the guest would look for the partition table in the wrong place.
+        let block_size = Some(backing.block_size()).filter(|size| size.is_power_of_two() && BLOCK_SIZES.contains(size));
+        let block_size = block_size.unwrap_or(*BLOCK_SIZES.start());
+        let state =
+            BlockState { sectors: size / SECTOR, block_size, read_only, serial: id, in_flight: BTreeMap::new() };
         let config = config_space(&state);
         let engine = Engine::start(backing)?;
         Ok(Self { engine, state, config, ahead: 0, pieces: Pieces::default(), failures: 0, log })
@@ -248,7 +256,10 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let common = 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH;
+        let mut common = 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH;
+        if self.state.block_size != *BLOCK_SIZES.start() {
+            common |= 1 << VIRTIO_BLK_F_BLK_SIZE;
+        }
         if self.state.read_only {
             common | 1 << VIRTIO_BLK_F_RO
         } else {
@@ -306,6 +317,7 @@ fn config_space(state: &BlockState) -> [u8; 60] {
     };
     put(0, &state.sectors.to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
+    put(20, &state.block_size.to_le_bytes());
     put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
     put(40, &MAX_SEGMENTS.to_le_bytes());
     // discard_sector_alignment: one page of the file.

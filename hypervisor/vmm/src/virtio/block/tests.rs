@@ -193,6 +193,7 @@ struct Fake {
     open: Arc<(Mutex<bool>, Condvar)>,
     /// What fallocate fails with.
     fallocate: Option<i32>,
+    block_size: u32,
     /// What a write fails with.
     write: Option<i32>,
     file: File,
@@ -214,7 +215,7 @@ impl Fake {
         let (sender, calls) = mpsc::channel();
         let open = Arc::new((Mutex::new(true), Condvar::new()));
         let control = Control { calls, open: open.clone(), file: file.try_clone().unwrap() };
-        (Self { calls: sender, open, fallocate: None, write: None, file }, control)
+        (Self { calls: sender, open, fallocate: None, block_size: 512, write: None, file }, control)
     }
 
     fn called(&self, name: &'static str) {
@@ -231,6 +232,9 @@ impl Fake {
 }
 
 impl Backing for Fake {
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
     fn read_at(&self, data: &mut [u8], position: u64) -> io::Result<usize> {
         self.called("read");
         self.file.read_at(data, position)
@@ -249,6 +253,20 @@ impl Backing for Fake {
     fn sync(&self) -> io::Result<()> {
         self.called("sync");
         Ok(())
+    }
+}
+
+#[test]
+fn a_driver_learns_the_block_size_if_it_is_not_a_sector() {
+    for (own, told) in [(512, None), (4096, Some(4096)), (8192, None), (0, None), (1536, None)] {
+        let (mut fake, _control) = Fake::new();
+        fake.block_size = own;
+        let block = Block::new(fake, FAKE_SIZE, "", false, no_log()).unwrap();
+        let mut config = [0; 4];
+        block.read_config(20, &mut config);
+        let has = block.features() & 1 << VIRTIO_BLK_F_BLK_SIZE != 0;
+        assert_eq!(has.then(|| u32::from_le_bytes(config)), told, "{own}");
+        assert_eq!(block.state().sectors, FAKE_SIZE / SECTOR, "the size is in sectors in any case");
     }
 }
 
