@@ -23,7 +23,7 @@ fn prints(mut machine: Machine) -> Vec<u8> {
 fn the_command_line_names_the_devices() {
     let mut machine = machine(kernel::descriptor(&kernel::flat(guests::print_command_line())));
     machine.command_line = "one two".into();
-    let expected = "console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 one two\n";
+    let expected = "console=ttyS0 virtio_mmio.device=4K@0xd0000000:5:0 one two\n";
     assert_eq!(String::from_utf8(prints(machine)).unwrap(), expected);
 }
 
