@@ -21,6 +21,7 @@
 //! | [`idmap`], [`rlimits`] | the ids of user namespaces (pure); resource limits |
 //! | [`cgroup`] | cgroup v2 |
 //! | [`network`] | the machine's interfaces, addresses and routes |
+//! | [`slots`] | devices that come to the running machine, and go |
 //!
 //! Everything runs on one thread: state changes between two awaits are atomic, and nothing may block it. What can
 //! block (writing file systems back) goes to a thread of its own.
@@ -40,6 +41,7 @@ pub mod reaper;
 pub mod rlimits;
 pub mod seccomp;
 pub mod service;
+pub mod slots;
 pub mod spec;
 pub mod stage;
 pub mod stdio;

@@ -15,9 +15,9 @@ use std::{
 use async_trait::async_trait;
 use caisson_protos::{
     agent::{
-        ConfigureNetworkRequest, ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest,
-        PidsResponse, ProcessRequest, ResizePtyRequest, StartResponse, StatsResponse, UpdateRequest, WaitOomRequest,
-        WaitOomResponse, WaitResponse,
+        BindDevicesRequest, ConfigureNetworkRequest, ContainerRequest, CreateRequest, CreateResponse, Empty,
+        ExecRequest, KillRequest, PidsResponse, ProcessRequest, ResizePtyRequest, StartResponse, StatsResponse,
+        UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
 };
@@ -35,6 +35,7 @@ use crate::{
     containers::{Containers, Error},
     lifecycle::Exit,
     network::Network,
+    slots::Slots,
     streams::Streams,
     transport::{Accept, ByteStream},
 };
@@ -236,6 +237,17 @@ impl Agent for Service {
             Ok(Ok(())) => Ok(Empty::default()),
             Ok(Err(error)) => {
                 warn!(self.log, "the network cannot be as the host has it"; "error" => %error);
+                Err(status(error.code(), &error))
+            }
+            Err(error) => Err(status(Code::INTERNAL, error)),
+        }
+    }
+
+    async fn bind_devices(&self, _: &TtrpcContext, request: BindDevicesRequest) -> ttrpc::Result<Empty> {
+        match blocking::run(move || Slots::default().apply(&request)).await {
+            Ok(Ok(())) => Ok(Empty::default()),
+            Ok(Err(error)) => {
+                warn!(self.log, "a device cannot be bound or unbound"; "error" => %error);
                 Err(status(error.code(), &error))
             }
             Err(error) => Err(status(Code::INTERNAL, error)),

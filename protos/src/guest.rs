@@ -7,6 +7,8 @@
 //!   │ ───── stream to (3, STDIO_PORT) ────► │  one stream for each standard descriptor, named by its host-side port
 //! ```
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// The guest's vsock context id. Every machine has the same: it is never seen outside its own monitor.
@@ -29,6 +31,27 @@ pub const SHARE_MOUNT: &str = "/run/caisson/shared";
 pub const HOST_SHARE_TAG: &str = "caisson-host";
 /// Where the agent mounts that, below [`SHARE_MOUNT`]. No container's directory has this name.
 pub const HOST_SHARE_DIRECTORY: &str = ".host";
+
+/// The most virtio devices that a machine has room for: as many as there are interrupts that nothing else uses.
+pub const MAX_SLOTS: u8 = 17;
+
+/// The place of a virtio device: a register page and an interrupt, which the kernel's command line names, whether there is a device
+/// in it or not. Numbered from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Slot(pub u8);
+
+impl Slot {
+    /// The guest's name for it: the entry in /sys/bus/platform/devices.
+    pub fn platform_device(self) -> String {
+        format!("virtio-mmio.{}", self.0)
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "slot {}", self.0)
+    }
+}
 
 /// The I/O port (x86) through which the agent ends its machine in order: one byte, [`POWER_OFF`].
 ///

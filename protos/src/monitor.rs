@@ -7,7 +7,9 @@
 //!   │ ── Command{id:2, Start} ────────────────►   │   may be sent at once, before the first answer
 //!   │ ◄──────── Answer{id:1, Ok(Done)} ─────────  │
 //!   │ ◄──────── Answer{id:2, Ok(Done)} ─────────  │   the vCPUs run
-//!   │ ── Command{id:3, Pause|Resume|Stats} ───►   │   answered in order
+//!   │ ── Command{id:3, Pause|Resume|Stats|..} ►   │   answered in order
+//!   │ ── Command{id:4, AttachNetwork(..)} + fds►  │
+//!   │ ◄──────── Answer{id:4, Ok(Attached{..})} ─  │   the guest finds the device when it binds the slot's driver
 //!   │ ◄──────── Exited(ExitNotice) ─────────────  │   once, unasked; then the socket closes and the process ends
 //! ```
 //!
@@ -18,9 +20,14 @@
 //! Packets are postcard after one version byte ([`encode`], [`decode`]), at most [`MAX_PACKET`] bytes, with
 //! at most [`MAX_DESCRIPTORS`] descriptors.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::guest::Slot;
 
 /// The descriptor on which caisson-vmm finds its control socket.
 pub const CONTROL_FD: i32 = 3;
@@ -59,6 +66,22 @@ pub enum Request {
     Stats,
     /// End the machine now, as if the power failed. The exit notice has [`ExitReason::Requested`].
     Shutdown,
+    /// Put a network device into an empty slot of a configured machine, running or not. The guest does not look for it: its driver has to
+    /// be bound to the slot. Refused if all network slots are in use.
+    AttachNetwork(Box<NetworkConfig>),
+    /// Take the network device out of its slot, which is empty then; its tap is closed. The guest's driver should have been unbound
+    /// before: one that still waits for an answer of the device waits for good.
+    DetachNetwork {
+        /// Its slot.
+        slot: Slot,
+    },
+    /// Report to the guest whether a network device has a link. It has one at first, and none once its tap is gone.
+    SetLink {
+        /// Its slot.
+        slot: Slot,
+        /// Whether there is a link.
+        up: bool,
+    },
 }
 
 /// Monitor to parent.
@@ -82,6 +105,11 @@ pub enum Reply {
     Done,
     /// The answer to [`Request::Stats`].
     Stats(MachineStats),
+    /// The answer to [`Request::AttachNetwork`].
+    Attached {
+        /// Where the device is now.
+        slot: Slot,
+    },
 }
 
 /// A whole machine. Everything comes as a descriptor: the monitor opens no path after its start.
@@ -97,7 +125,7 @@ pub struct MachineConfig {
     pub kernel: DescriptorIndex,
     /// The initramfs (newc cpio, may be compressed), readable. Mapped privately, not copied.
     pub initramfs: Option<DescriptorIndex>,
-    /// The kernel's command line, printable ASCII; the monitor appends `virtio_mmio.device=` for each device. Together at most 2047 bytes.
+    /// The kernel's command line, printable ASCII; the monitor adds `virtio_mmio.device=` for each slot. Together at most 2047 bytes.
     pub command_line: String,
     /// The debug console (a 16550 at I/O port 0x3f8, ttyS0). None: no serial port exists.
     pub console: Option<ConsoleConfig>,
@@ -107,8 +135,25 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Shared directories. At most 4.
     pub shares: Vec<ShareConfig>,
-    /// Network devices. At most 8; with all others, no more than 17 devices.
+    /// Network devices. At most 8.
     pub networks: Vec<NetworkConfig>,
+    /// Empty slots for network devices that are attached later. With `networks` at most 8, and with all devices at most 17
+    /// ([`crate::guest::MAX_SLOTS`]). Each costs the guest's kernel a little at boot.
+    pub empty_network_slots: u8,
+}
+
+impl MachineConfig {
+    /// The slots of network devices: of those in `networks`, in order, and then the empty ones.
+    pub fn network_slots(&self) -> impl Iterator<Item = Slot> + use<> {
+        let others = network_slots_begin(self.vsock.is_some(), self.disks.len(), self.shares.len());
+        (others..=u8::MAX).map(Slot).take(self.networks.len().saturating_add(self.empty_network_slots.into()))
+    }
+}
+
+/// The first slot of a network device, behind those of all other devices: entropy, vsock, disks, shares.
+pub fn network_slots_begin(vsock: bool, disks: usize, shares: usize) -> u8 {
+    // Beyond a machine's slots there is nothing to number.
+    u8::try_from(1 + usize::from(vsock) + disks + shares).unwrap_or(u8::MAX)
 }
 
 /// Guest memory.
@@ -235,8 +280,12 @@ pub struct MachineStats {
     pub console_dropped_bytes: u64,
     /// Malformed requests of the guest (descriptor chains, registers, packets) that were refused.
     pub guest_faults: u64,
-    /// Of each network device, in order.
-    pub networks: Vec<NetworkStats>,
+    /// Of each network device that is there now, by its slot.
+    pub networks: BTreeMap<Slot, NetworkStats>,
+    /// Network devices that were attached after the machine was configured.
+    pub networks_attached: u64,
+    /// Network devices that were detached.
+    pub networks_detached: u64,
 }
 
 /// Counters of one network device, as its guest sees the directions. A large packet that is cut on its way counts as its segments.

@@ -9,11 +9,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use caisson_protos::monitor::{CodecError, Command, Event, ExitNotice, Reply, Request, decode, encode};
+use caisson_protos::{
+    guest::Slot,
+    monitor::{CodecError, Command, Event, ExitNotice, Reply, Request, decode, encode},
+};
 use tokio::sync::oneshot;
 
 use crate::{
-    machine::{Machine, TooManyDescriptors},
+    machine::{Machine, Network, TooManyDescriptors},
     packet::{self, PacketSocket},
 };
 
@@ -29,6 +32,9 @@ pub enum CallError {
     /// The command could not be sent.
     #[error("cannot send to caisson-vmm: {0}")]
     Send(#[source] io::Error),
+    /// An answer to another question.
+    #[error("caisson-vmm answers {0:?} to {1}: install the parts of one Caisson release together")]
+    Unexpected(Reply, &'static str),
     /// The command cannot be written down.
     #[error(transparent)]
     Codec(#[from] CodecError),
@@ -161,6 +167,34 @@ impl Control {
         self.socket.send(&packet, descriptors).await.map_err(CallError::Send)?;
         std::mem::forget(unsent);
         Ok(answer)
+    }
+
+    /// Puts a network device into an empty slot of the machine, and gives the slot, whose driver is then to be bound in the guest.
+    ///
+    /// # Errors
+    /// See [`CallError`]; refused if the machine has no empty slot.
+    pub async fn attach_network(&self, network: Network) -> Result<Slot, CallError> {
+        let (config, descriptors) = network.into_packet()?;
+        match self.send(Request::AttachNetwork(Box::new(config)), &descriptors).await?.wait().await? {
+            Reply::Attached { slot } => Ok(slot),
+            reply => Err(CallError::Unexpected(reply, "AttachNetwork")),
+        }
+    }
+
+    /// Takes a network device out of its slot, whose driver should have been unbound in the guest before.
+    ///
+    /// # Errors
+    /// See [`CallError`]; refused if there is none.
+    pub async fn detach_network(&self, slot: Slot) -> Result<(), CallError> {
+        self.call(Request::DetachNetwork { slot }).await.map(drop)
+    }
+
+    /// Reports to the guest whether a network device has a link.
+    ///
+    /// # Errors
+    /// See [`CallError`]; refused if there is no network device in the slot.
+    pub async fn set_link(&self, slot: Slot, up: bool) -> Result<(), CallError> {
+        self.call(Request::SetLink { slot, up }).await.map(drop)
     }
 
     /// Sends one command without descriptors and waits for its answer.

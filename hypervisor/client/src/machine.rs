@@ -4,9 +4,12 @@
 
 use std::os::fd::OwnedFd;
 
-use caisson_protos::monitor::{
-    AllowedSources, ConsoleConfig, DescriptorIndex, DiskConfig, MAX_DESCRIPTORS, MachineConfig, MemoryConfig,
-    NetworkConfig, RateLimit, ShareConfig, VsockConfig,
+use caisson_protos::{
+    guest::Slot,
+    monitor::{
+        AllowedSources, ConsoleConfig, DescriptorIndex, DiskConfig, MAX_DESCRIPTORS, MachineConfig, MemoryConfig,
+        NetworkConfig, RateLimit, ShareConfig, VsockConfig, network_slots_begin,
+    },
 };
 
 /// A whole machine; each field means what the field of that name in [`MachineConfig`] means.
@@ -32,6 +35,8 @@ pub struct Machine {
     pub shares: Vec<Share>,
     /// Network devices.
     pub networks: Vec<Network>,
+    /// Room for network devices that are attached later.
+    pub empty_network_slots: u8,
 }
 
 /// Guest memory, see [`MemoryConfig`].
@@ -102,6 +107,29 @@ pub struct Network {
     pub sources: Option<AllowedSources>,
 }
 
+impl Network {
+    /// The wire's form, and the descriptors to attach, in order.
+    ///
+    /// # Errors
+    /// If there are more descriptors than a packet takes.
+    pub fn into_packet(self) -> Result<(NetworkConfig, Vec<OwnedFd>), TooManyDescriptors> {
+        let mut fds = Attachments::default();
+        let config = self.into_config(&mut fds);
+        fds.finish().map(|fds| (config, fds))
+    }
+
+    fn into_config(self, fds: &mut Attachments) -> NetworkConfig {
+        NetworkConfig {
+            taps: self.taps.into_iter().map(|tap| fds.attach(tap)).collect(),
+            mac: self.mac,
+            mtu: self.mtu,
+            send_limit: self.send_limit,
+            receive_limit: self.receive_limit,
+            sources: self.sources,
+        }
+    }
+}
+
 /// More descriptors than one packet carries.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -121,9 +149,19 @@ impl Attachments {
         self.0.push(descriptor);
         index
     }
+
+    fn finish(self) -> Result<Vec<OwnedFd>, TooManyDescriptors> {
+        if self.0.len() > MAX_DESCRIPTORS { Err(TooManyDescriptors(self.0.len())) } else { Ok(self.0) }
+    }
 }
 
 impl Machine {
+    /// The slots of [`Self::networks`], in order. Those of the empty ones follow.
+    pub fn network_slots(&self) -> impl Iterator<Item = Slot> + use<> {
+        let begin = network_slots_begin(self.vsock.is_some(), self.disks.len(), self.shares.len());
+        (begin..=u8::MAX).map(Slot).take(self.networks.len())
+    }
+
     /// The wire's form, and the descriptors to attach, in order.
     ///
     /// # Errors
@@ -155,18 +193,10 @@ impl Machine {
             shares: (self.shares.into_iter())
                 .map(|share| ShareConfig { tag: share.tag, server: fds.attach(share.server) })
                 .collect(),
-            networks: (self.networks.into_iter())
-                .map(|network| NetworkConfig {
-                    taps: network.taps.into_iter().map(|tap| fds.attach(tap)).collect(),
-                    mac: network.mac,
-                    mtu: network.mtu,
-                    send_limit: network.send_limit,
-                    receive_limit: network.receive_limit,
-                    sources: network.sources,
-                })
-                .collect(),
+            networks: self.networks.into_iter().map(|network| network.into_config(&mut fds)).collect(),
+            empty_network_slots: self.empty_network_slots,
         };
-        if fds.0.len() > MAX_DESCRIPTORS { Err(TooManyDescriptors(fds.0.len())) } else { Ok((config, fds.0)) }
+        fds.finish().map(|fds| (config, fds))
     }
 }
 
@@ -212,6 +242,7 @@ mod tests {
             disks: (0..disks).map(|n| Disk { serial: n.to_string(), file: null(), read_only: true }).collect(),
             shares: (0..shares).map(|n| Share { tag: n.to_string(), server: null() }).collect(),
             networks: (1..shares).map(network).collect(),
+            empty_network_slots: 2,
         }
     }
 
@@ -226,6 +257,7 @@ mod tests {
             let servers: Vec<_> = machine.shares.iter().map(|share| share.server.as_raw_fd()).collect();
             let taps: Vec<_> = machine.networks.iter().flat_map(|network| &network.taps).map(|tap| tap.as_raw_fd()).collect();
             let memory = machine.memory.file.as_ref().map(|file| file.as_raw_fd());
+            let slots: Vec<_> = machine.network_slots().collect();
             let (config, fds) = machine.into_packet().unwrap();
             let fd = |index: DescriptorIndex| fds[usize::from(index.0)].as_raw_fd();
             prop_assert_eq!(fd(config.kernel), kernel);
@@ -234,6 +266,9 @@ mod tests {
             prop_assert_eq!(config.shares.iter().map(|share| fd(share.server)).collect::<Vec<_>>(), servers);
             let places = config.networks.iter().flat_map(|network| &network.taps);
             prop_assert_eq!(places.map(|tap| fd(*tap)).collect::<Vec<_>>(), taps);
+            let all: Vec<_> = config.network_slots().collect();
+            prop_assert_eq!((slots.len(), all.len()), (config.networks.len(), slots.len() + 2));
+            prop_assert_eq!(&all[..slots.len()], slots);
         }
     }
 

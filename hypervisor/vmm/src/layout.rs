@@ -17,6 +17,7 @@
 //!          └───────────────────────┘
 //! ```
 
+use caisson_protos::guest::MAX_SLOTS;
 use vm_memory::GuestAddress;
 
 /// The page size of host and guest, bytes.
@@ -44,7 +45,7 @@ pub const MMIO_GAP_START: GuestAddress = GuestAddress(3 << 30);
 /// First address after the gap.
 pub const MMIO_GAP_END: GuestAddress = GuestAddress(4 << 30);
 
-/// The first virtio-mmio device; each takes one page.
+/// The first virtio-mmio slot; each takes one page.
 pub const VIRTIO_MMIO: GuestAddress = GuestAddress(0xd000_0000);
 /// The IOAPIC, where KVM has it.
 pub const IOAPIC: u32 = 0xfec0_0000;
@@ -57,4 +58,4 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const SERIAL_IRQ: u32 = 4;
 /// The interrupts of virtio devices, in order: IOAPIC pins that no legacy device (timer, keyboard, cascade, serial
 /// ports, clock, coprocessor) claims.
-pub const VIRTIO_IRQS: [u32; 17] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+pub const VIRTIO_IRQS: [u32; MAX_SLOTS as usize] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];

@@ -7,8 +7,8 @@
 //!   control socket ──► monitor ──builds──► machine ──┬── memory, boot     RAM with a kernel in it
 //!   (control,            │ main thread:              ├── vcpu             one thread each
 //!    descriptors)        │ commands, devices         ├── bus ── ports     console, reset, power
-//!                        ▼                           │    └── virtio      devices
-//!                       end ◄────── any of them ─────┘
+//!                        ▼                           │    └── slots       places for devices
+//!                       end ◄────── any of them ─────┘         └─ virtio
 //! ```
 //!
 //! One thread besides the vCPUs serves the control socket and all devices. So a command never meets a device in the middle
@@ -27,5 +27,6 @@ pub mod memory;
 pub mod monitor;
 pub mod output;
 pub mod ports;
+pub mod slots;
 pub mod vcpu;
 pub mod virtio;

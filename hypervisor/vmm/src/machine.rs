@@ -4,10 +4,14 @@
 //! of KVM, so that a wrong description costs nothing.
 
 mod devices;
+mod hotplug;
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
-use caisson_protos::monitor::{MachineConfig, MachineStats};
+use caisson_protos::{
+    guest::Slot,
+    monitor::{MachineConfig, MachineStats},
+};
 use kvm_ioctls::{Kvm, VmFd};
 use rustix::fs::{OFlags, fcntl_getfl};
 use slog::Logger;
@@ -15,7 +19,7 @@ use vm_memory::GuestMemoryBackend;
 
 use crate::{
     boot::{self, BootError, CommandLine, Image},
-    bus::{Bus, device_base},
+    bus::{Bus, slot_base},
     descriptors::{Access, DescriptorError, Descriptors},
     end::End,
     kvm::{self, KvmError},
@@ -23,10 +27,11 @@ use crate::{
     memory::{self, Backing, MemoryError},
     output::Output,
     ports::Ports,
+    slots::{NotEmpty, Slots},
     vcpu::{self, Gate, Running, Vcpu, VcpuContext},
     virtio::{
         GuestMemory,
-        mmio::{MmioDevice, RegisterPages},
+        mmio::{DeviceStats, MmioDevice, RegisterPages},
     },
 };
 
@@ -68,13 +73,35 @@ pub enum MachineError {
         name: String,
     },
     /// A network device.
-    #[error("network {index}: {problem}")]
+    #[error("{what}: {problem}")]
     Network {
         /// Which one.
-        index: usize,
+        what: String,
         /// What is wrong with it, and what to do.
         problem: String,
     },
+    /// No room for another network device.
+    #[error(
+        "no empty slot for the network device {mac}, the machine has {count} for network devices: detach one of them, or start \
+         the machine with more empty_network_slots"
+    )]
+    NoEmptySlot {
+        /// Its address.
+        mac: String,
+        /// Network slots.
+        count: usize,
+    },
+    /// There is no network device.
+    #[error("{slot}: no network device in it: {}", one_of(.occupied))]
+    NoNetwork {
+        /// Where not.
+        slot: Slot,
+        /// Where there are some.
+        occupied: Vec<Slot>,
+    },
+    /// A slot that was thought to be empty.
+    #[error(transparent)]
+    NotEmpty(#[from] NotEmpty),
     /// The guest's context id.
     #[error("guest context id {0}: use 3 to 4294967294")]
     GuestCid(u64),
@@ -114,10 +141,16 @@ pub enum MachineError {
 /// A machine; the process keeps all of it until its end.
 pub struct Machine {
     /// Closing it would take the devices' notifications and interrupts away.
-    _vm: VmFd,
+    vm: VmFd,
     /// vCPUs run in it.
-    _memory: GuestMemory,
+    memory: GuestMemory,
     bus: Arc<Bus>,
+    /// Those that network devices may have.
+    network_slots: Vec<Slot>,
+    /// What devices have counted that are gone.
+    gone: DeviceStats,
+    networks_attached: u64,
+    networks_detached: u64,
     gate: Arc<Gate>,
     waiting: Vec<Vcpu>,
     running: Vec<Running>,
@@ -159,32 +192,45 @@ impl Machine {
         };
         let devices = devices::build(config, &mut fds, log)?;
         let no_page = |e| MachineError::System { what: "memory for device registers", source: io::Error::other(e) };
-        let pages = RegisterPages::new(devices.len()).map_err(no_page)?;
-        let devices = devices
-            .into_iter()
-            .enumerate()
-            .filter_map(|(index, device)| Some((device, pages.page(index)?)))
-            .map(|(device, page)| MmioDevice::new(device, page, memory.clone(), log.clone()).map(Arc::new))
+        let count = devices.len() + usize::from(config.empty_network_slots);
+        let pages = RegisterPages::new(count).map_err(no_page)?;
+        let slots = Slots::new(&pages);
+        let devices = (0..=u8::MAX)
+            .map(Slot)
+            .zip(devices)
+            .filter_map(|(slot, device)| Some((slot, device, slots.page(slot)?)))
+            .map(|(slot, device, page)| Ok((slot, MmioDevice::new(device, page, memory.clone(), log.clone())?)))
             .collect::<io::Result<Vec<_>>>()
             .map_err(system("eventfd for a device"))?;
         fds.finish()?;
-        for (index, irq) in (0..devices.len()).zip(VIRTIO_IRQS) {
-            command_line.add_device(device_base(index), irq);
+        for (slot, irq) in (0..=u8::MAX).map(Slot).zip(VIRTIO_IRQS).take(count) {
+            command_line.add_slot(slot_base(slot), irq, slot);
         }
         let entry = boot::load(&memory, &kernel, initramfs.as_ref(), command_line, config.vcpus)?;
 
         let ports = Ports::new(console).map_err(system("eventfd for the console"))?;
         let vm = kvm::create_machine(kvm, &memory, config.vcpus)?;
         kvm::map_registers(kvm, &vm, memory.num_regions(), &pages)?;
-        for (index, (device, irq)) in devices.iter().zip(VIRTIO_IRQS).enumerate() {
-            device.connect(&vm, device_base(index), irq).map_err(system("connecting a device to KVM"))?;
+        for ((slot, device), irq) in devices.into_iter().zip(VIRTIO_IRQS) {
+            device.connect(&vm, slot_base(slot), irq).map_err(system("connecting a device to KVM"))?;
+            slots.put(slot, Arc::new(device))?;
         }
         if let Some(interrupt) = ports.serial_interrupt().map_err(system("eventfd for the console"))? {
             vm.register_irqfd(&interrupt, SERIAL_IRQ).map_err(kvm::call("KVM_IRQFD"))?;
         }
         let waiting = vcpu::create(kvm, &vm, config.vcpus, config.invariant_tsc, entry)?;
-        let bus = Arc::new(Bus { ports, devices });
-        Ok(Self { _vm: vm, _memory: memory, bus, gate: Arc::default(), waiting, running: Vec::new() })
+        Ok(Self {
+            vm,
+            memory,
+            bus: Arc::new(Bus { ports, slots }),
+            network_slots: config.network_slots().collect(),
+            gone: DeviceStats::default(),
+            networks_attached: 0,
+            networks_detached: 0,
+            gate: Arc::default(),
+            waiting,
+            running: Vec::new(),
+        })
     }
 
     /// Ports and devices.
@@ -224,7 +270,7 @@ impl Machine {
 
     /// Whether a device holds bytes of the guest for somebody who is slow to read them.
     pub fn has_undelivered(&self) -> bool {
-        self.bus.devices.iter().any(|device| device.has_undelivered())
+        self.bus.slots.devices().any(|(_, device)| device.has_undelivered())
     }
 
     /// What happened so far.
@@ -232,16 +278,32 @@ impl Machine {
         let mut stats = MachineStats {
             vcpu_exits: self.running.iter().map(Running::exits).sum(),
             console_dropped_bytes: self.bus.ports.console_dropped(),
+            queue_notifications: self.gone.notifications,
+            interrupts: self.gone.interrupts,
+            guest_faults: self.gone.guest_faults,
+            networks_attached: self.networks_attached,
+            networks_detached: self.networks_detached,
             ..Default::default()
         };
-        for device in self.bus.devices.iter().map(|device| device.stats()) {
+        for (slot, device) in self.bus.slots.devices() {
+            let device = device.stats();
             stats.queue_notifications += device.notifications;
             stats.interrupts += device.interrupts;
             stats.guest_faults += device.guest_faults;
             stats.vsock_streams += device.streams;
-            stats.networks.extend(device.network);
+            stats.networks.extend(device.network.map(|network| (slot, network)));
         }
         stats
+    }
+}
+
+fn one_of(slots: &[Slot]) -> String {
+    match slots {
+        [] => "the machine has none".into(),
+        slots => {
+            let numbers: Vec<_> = slots.iter().map(|Slot(number)| number.to_string()).collect();
+            format!("use {}", numbers.join(", "))
+        }
     }
 }
 

@@ -12,6 +12,7 @@
 
 use std::{
     cell::Cell,
+    collections::BTreeMap,
     io,
     os::fd::{AsFd, AsRawFd, RawFd},
     rc::Rc,
@@ -19,7 +20,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_protos::monitor::{Command, Event, ExitNotice, ExitReason, Reply, Request};
+use caisson_protos::{
+    guest::Slot,
+    monitor::{Command, Event, ExitNotice, ExitReason, NetworkConfig, Reply, Request},
+};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use kvm_ioctls::Kvm;
 use rustix::{
@@ -34,7 +38,7 @@ use crate::{
     end::End,
     kvm::KvmError,
     machine::{Machine, MachineError},
-    virtio::mmio::DeviceEvents,
+    virtio::mmio::{DeviceEvents, MmioDevice},
 };
 
 /// Events fetched from the kernel at a time.
@@ -63,7 +67,7 @@ pub enum MonitorError {
 enum CommandError {
     #[error("the machine is {0}: {1}")]
     State(&'static str, &'static str),
-    #[error("only Configure takes descriptors, {0}")]
+    #[error("only Configure and AttachNetwork take descriptors, {0}")]
     Descriptors(#[from] crate::descriptors::DescriptorError),
     #[error(transparent)]
     Kvm(Arc<KvmError>),
@@ -72,6 +76,8 @@ enum CommandError {
     #[error("cannot watch the descriptors of device {0:?}: {1}: raise fs.epoll.max_user_watches")]
     Watch(&'static str, event_manager::Error),
 }
+
+const NOT_CONFIGURED: CommandError = CommandError::State("not configured", "send Configure first");
 
 /// One monitor.
 pub struct Monitor {
@@ -84,6 +90,7 @@ pub struct Monitor {
     /// Of the end's event, which stays readable.
     end_watch: SubscriberId,
     machine: Option<Machine>,
+    devices: Watched,
     paused: bool,
 }
 
@@ -100,7 +107,18 @@ impl Monitor {
         // Its readiness ends the wait, and that is all.
         let end_watch = watch(&mut events, Subscriber::flag(end.event().as_raw_fd(), Rc::default()))?;
         let kvm = kvm.map_err(Arc::new);
-        Ok(Self { control, kvm, log, end, events, control_ready, end_watch, machine: None, paused: false })
+        Ok(Self {
+            control,
+            kvm,
+            log,
+            end,
+            events,
+            control_ready,
+            end_watch,
+            machine: None,
+            devices: Watched::default(),
+            paused: false,
+        })
     }
 
     /// Serves until the machine has ended, sends the exit notice to the parent, and returns it. The machine stays in memory, since
@@ -216,18 +234,19 @@ impl Monitor {
             let machine = Machine::build(kvm, &config, descriptors, &self.log)?;
             self.watch_devices(&machine)?;
             slog::info!(self.log, "machine configured"; "vcpus" => config.vcpus, "memory_mib" => config.memory.size >> 20,
-                "devices" => machine.bus().devices.len());
+                "slots" => machine.bus().slots.count());
             self.machine = Some(machine);
             return Ok(Reply::Done);
+        }
+        if let Request::AttachNetwork(config) = request {
+            return self.attach_network(&config, descriptors).map(|slot| Reply::Attached { slot });
         }
         descriptors.finish()?;
         if matches!(request, Request::Shutdown) {
             self.end.declare(ExitReason::Requested, "the parent asked for it");
             return Ok(Reply::Done);
         }
-        let Some(machine) = &mut self.machine else {
-            return Err(CommandError::State("not configured", "send Configure first"));
-        };
+        let machine = self.machine.as_mut().ok_or(NOT_CONFIGURED)?;
         match request {
             Request::Start if machine.is_started() => {
                 return Err(CommandError::State("started already", "start it once"));
@@ -253,8 +272,15 @@ impl Monitor {
                 machine.resume();
                 self.paused = false;
             }
+            Request::SetLink { slot, up } => machine.set_link(slot, up)?,
+            Request::DetachNetwork { slot } => {
+                let in_use = machine.detach_network(slot, &self.log)?;
+                // The last of it: its tap is closed.
+                self.devices.remove(&mut self.events, slot);
+                slog::info!(self.log, "network detached"; "slot" => slot.0, "in_use" => in_use);
+            }
             // Handled above.
-            Request::Configure(_) | Request::Shutdown => {}
+            Request::Configure(_) | Request::AttachNetwork(_) | Request::Shutdown => {}
         }
         Ok(Reply::Done)
     }
@@ -263,20 +289,58 @@ impl Monitor {
 impl Monitor {
     /// Puts all devices of a machine on the event loop, or none.
     fn watch_devices(&mut self, machine: &Machine) -> Result<(), CommandError> {
-        let mut watched = Vec::new();
-        for device in &machine.bus().devices {
-            match watch(&mut self.events, Subscriber::Device(DeviceEvents::new(device.clone()))) {
-                Ok(id) => watched.push(id),
-                Err(error) => {
-                    for id in watched {
-                        // Each was added.
-                        let _ = self.events.remove_subscriber(id);
-                    }
-                    return Err(CommandError::Watch(device.name(), error));
-                }
+        for (slot, device) in machine.bus().slots.devices() {
+            if let Err(error) = self.devices.add(&mut self.events, slot, device) {
+                self.devices.remove_all(&mut self.events);
+                return Err(error);
             }
         }
         Ok(())
+    }
+
+    fn attach_network(&mut self, config: &NetworkConfig, descriptors: Descriptors) -> Result<Slot, CommandError> {
+        let machine = self.machine.as_mut().ok_or(NOT_CONFIGURED)?;
+        let (slot, device) = machine.prepare_network(config, descriptors, &self.log)?;
+        // Before the guest can use it.
+        self.devices.add(&mut self.events, slot, device.clone())?;
+        if let Err(error) = machine.attach_network(slot, device) {
+            self.devices.remove(&mut self.events, slot);
+            return Err(error.into());
+        }
+        slog::info!(self.log, "network attached"; "slot" => slot.0, "queues" => config.taps.len(), "mtu" => config.mtu);
+        Ok(slot)
+    }
+}
+
+/// The devices on the event loop, by their slots.
+#[derive(Default)]
+struct Watched(BTreeMap<Slot, SubscriberId>);
+
+impl Watched {
+    fn add(
+        &mut self,
+        events: &mut EventManager<Subscriber>,
+        slot: Slot,
+        device: Arc<MmioDevice>,
+    ) -> Result<(), CommandError> {
+        let name = device.name();
+        let id = watch(events, Subscriber::Device(DeviceEvents::new(device)));
+        self.0.insert(slot, id.map_err(|error| CommandError::Watch(name, error))?);
+        Ok(())
+    }
+
+    /// Nothing of the device is called any more.
+    fn remove(&mut self, events: &mut EventManager<Subscriber>, slot: Slot) {
+        if let Some(id) = self.0.remove(&slot) {
+            // It was added.
+            let _ = events.remove_subscriber(id);
+        }
+    }
+
+    fn remove_all(&mut self, events: &mut EventManager<Subscriber>) {
+        while let Some((slot, _)) = self.0.first_key_value() {
+            self.remove(events, *slot);
+        }
     }
 }
 

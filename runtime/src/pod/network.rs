@@ -5,19 +5,37 @@
 //!   the taps are there, the machine has its cards              each change goes to the guest      the namespace is as it was
 //! ```
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
-use caisson_protos::agent::{ConfigureNetworkRequest, NetworkInterface};
+use caisson_protos::{
+    agent::{BindDevicesRequest, ConfigureNetworkRequest, NetworkInterface},
+    guest::Slot,
+};
+use caisson_vmm_client::CallError;
 use slog::error;
-use tokio::{sync::Mutex, task::JoinHandle};
+use tokio::{sync::Mutex, task::JoinHandle, time::timeout};
 
 use super::{Pod, no_deadline};
 use crate::{
     host::namespaces::on_own_thread,
     network::{Card, Change, Namespace, Watch},
     shim::errors::TaskError,
-    vm::supervisor::Machine,
+    vm::{launch::device, supervisor::Machine},
 };
+
+/// Where the machine has each network card, by its hardware address.
+pub type CardSlots = BTreeMap<[u8; 6], Slot>;
+
+/// A network namespace whose interfaces are joined.
+#[derive(Debug)]
+pub struct Joined {
+    /// The namespace.
+    pub namespace: Namespace,
+    /// What the guest is to know of it.
+    pub message: ConfigureNetworkRequest,
+    /// What changes in it.
+    pub watch: Watch,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -28,15 +46,26 @@ pub struct PodNetwork {
 
 #[derive(Debug)]
 enum State {
-    Joined { message: ConfigureNetworkRequest, watch: Box<Watch> },
+    Joined { message: ConfigureNetworkRequest, follower: Box<Follower> },
     Followed(JoinHandle<()>),
     Ended,
 }
 
+/// What is needed to follow the namespace.
+#[derive(Debug)]
+struct Follower {
+    watch: Watch,
+    slots: CardSlots,
+    /// Cards that the machine could not have: hardware address and name.
+    missing: BTreeMap<[u8; 6], String>,
+}
+
 impl PodNetwork {
-    /// A network namespace whose interfaces are joined, and what the guest is to know of it.
-    pub fn new(namespace: Namespace, message: ConfigureNetworkRequest, watch: Watch) -> Self {
-        Self { namespace, state: Mutex::new(State::Joined { message, watch: Box::new(watch) }) }
+    /// The machine has the network's cards in `slots`.
+    pub fn new(joined: Joined, slots: CardSlots) -> Self {
+        let Joined { namespace, message, watch } = joined;
+        let follower = Box::new(Follower { watch, slots, missing: BTreeMap::new() });
+        Self { namespace, state: Mutex::new(State::Joined { message, follower }) }
     }
 
     /// The network namespace.
@@ -53,34 +82,37 @@ impl Pod {
     pub(super) async fn configure_network(self: &Arc<Self>, machine: &Arc<Machine>) -> Result<(), TaskError> {
         let Some(network) = &self.network else { return Ok(()) };
         let mut state = network.state.lock().await;
-        let State::Joined { message, watch } = &mut *state else { return Ok(()) };
+        let State::Joined { message, follower } = &mut *state else { return Ok(()) };
         // What hooks have put there, and who else was quick.
-        match watch.now().await {
-            Ok(Some(change)) => *message = self.attach(machine, change.appeared, change.message).await,
-            Ok(None) => {}
+        match follower.watch.now().await {
+            Ok(Some(change)) => {
+                *message = change.message.clone();
+                self.change_network(machine, follower, change).await?;
+            }
+            Ok(None) if is_every_guests(message) => {}
+            Ok(None) => self.tell(machine, message).await?,
             Err(error) => return Err(TaskError::failed_precondition(error.to_string())),
         }
-        if !is_every_guests(message) {
-            let configure = machine.agent.configure_network(no_deadline(), message);
-            self.agent_call("ConfigureNetwork", configure).await.map_err(|error| error.context("network"))?;
-        }
-        if let State::Joined { watch, .. } = std::mem::replace(&mut *state, State::Ended) {
-            let followed = Arc::clone(self).follow_network(*watch, Arc::clone(machine));
+        if let State::Joined { follower, .. } = std::mem::replace(&mut *state, State::Ended) {
+            let followed = Arc::clone(self).follow_network(*follower, Arc::clone(machine));
             *state = State::Followed(tokio::spawn(followed));
         }
         Ok(())
     }
 
     /// Tells the guest what changes, until the machine ends. Then the namespace is as it was.
-    async fn follow_network(self: Arc<Self>, mut watch: Watch, machine: Arc<Machine>) {
+    async fn follow_network(self: Arc<Self>, mut follower: Follower, machine: Arc<Machine>) {
         loop {
             let change = tokio::select! {
                 biased;
                 _ = self.machine.lost() => break,
-                change = watch.changed() => change,
+                change = follower.watch.changed() => change,
             };
             let done = match change {
-                Ok(change) => self.change_network(&machine, change).await.map_err(|error| error.to_string()),
+                Ok(change) => {
+                    let changed = self.change_network(&machine, &mut follower, change).await;
+                    changed.map_err(|error| error.to_string())
+                }
                 Err(error) => Err(error.to_string()),
             };
             if let Err(error) = done
@@ -89,51 +121,89 @@ impl Pod {
                 error!(self.log, "the guest's network is not as its network namespace has it"; "error" => error);
             }
         }
-        self.end_watch(watch).await;
+        self.end_watch(follower.watch).await;
     }
 
-    async fn change_network(&self, machine: &Machine, change: Change) -> Result<(), TaskError> {
-        let message = self.attach(machine, change.appeared, change.message).await;
-        let configure = machine.agent.configure_network(no_deadline(), &message);
-        self.agent_call("ConfigureNetwork", configure).await?;
-        for mac in change.gone {
-            self.detach_card(mac)?;
-        }
-        Ok(())
+    async fn tell(&self, machine: &Machine, message: &ConfigureNetworkRequest) -> Result<(), TaskError> {
+        let told = machine.agent.configure_network(no_deadline(), message);
+        self.agent_call("ConfigureNetwork", told).await.map(drop).map_err(|error| error.context("network"))
     }
 
-    /// Adds cards to the machine; the message without those that it cannot have.
-    async fn attach(
+    /// Adds cards to the machine, tells the guest, and removes cards.
+    async fn change_network(
         &self,
         machine: &Machine,
-        cards: Vec<Card>,
-        mut message: ConfigureNetworkRequest,
-    ) -> ConfigureNetworkRequest {
-        for card in cards {
+        follower: &mut Follower,
+        change: Change,
+    ) -> Result<(), TaskError> {
+        let Change { appeared, gone, mut message } = change;
+        // The interface is another with the same address: the guest could not tell the two cards apart.
+        let (replaced, gone): (Vec<_>, Vec<_>) =
+            gone.into_iter().partition(|mac| appeared.iter().any(|card| card.mac == *mac));
+        for mac in replaced {
+            self.detach_card(machine, follower, mac).await?;
+        }
+        for card in appeared {
             let (name, mac) = (card.name.clone(), card.mac);
-            if let Err(error) = self.attach_card(machine, card).await {
-                error!(self.log, "the machine cannot have a network card"; "interface" => &name, "error" => %error);
-                leave_out(&mut message, &name, mac);
+            match self.attach_card(machine, card).await {
+                Ok(slot) => drop(follower.slots.insert(mac, slot)),
+                Err(error) => {
+                    error!(self.log, "the machine cannot have a network card"; "interface" => &name, "error" => %error);
+                    follower.missing.insert(mac, name);
+                }
             }
         }
-        message
+        for (mac, name) in &follower.missing {
+            leave_out(&mut message, name, *mac);
+        }
+        self.tell(machine, &message).await?;
+        for mac in gone {
+            self.detach_card(machine, follower, mac).await?;
+        }
+        Ok(())
     }
 
     /// Gives the running machine a card.
-    async fn attach_card(&self, _machine: &Machine, _card: Card) -> Result<(), TaskError> {
-        Err(TaskError::unimplemented("a network interface that comes after the machine's start"))
+    async fn attach_card(&self, machine: &Machine, card: Card) -> Result<Slot, TaskError> {
+        let slot = self.command("AttachNetwork", machine.control.attach_network(device(card))).await?;
+        let bind = BindDevicesRequest { bind: vec![slot.0.into()], ..BindDevicesRequest::default() };
+        let bound = self.agent_call("BindDevices", machine.agent.bind_devices(no_deadline(), &bind)).await;
+        if let Err(error) = bound {
+            // For the next one.
+            let _ = self.command("DetachNetwork", machine.control.detach_network(slot)).await;
+            return Err(error);
+        }
+        Ok(slot)
     }
 
     /// Takes a card from the running machine. The guest does not use it any more.
-    fn detach_card(&self, _mac: [u8; 6]) -> Result<(), TaskError> {
-        Ok(())
+    async fn detach_card(&self, machine: &Machine, follower: &mut Follower, mac: [u8; 6]) -> Result<(), TaskError> {
+        follower.missing.remove(&mac);
+        let Some(slot) = follower.slots.remove(&mac) else { return Ok(()) };
+        let unbind = BindDevicesRequest { unbind: vec![slot.0.into()], ..BindDevicesRequest::default() };
+        let unbound = self.agent_call("BindDevices", machine.agent.bind_devices(no_deadline(), &unbind)).await;
+        // Whether the guest lets go of it or not: its tap is gone.
+        self.command("DetachNetwork", machine.control.detach_network(slot)).await?;
+        unbound.map(drop)
+    }
+
+    /// The monitor's answer.
+    async fn command<T>(
+        &self,
+        name: &'static str,
+        answer: impl Future<Output = Result<T, CallError>>,
+    ) -> Result<T, TaskError> {
+        match timeout(self.limits.call, answer).await {
+            Ok(answer) => answer.map_err(|error| TaskError::failed_precondition(error.to_string())),
+            Err(_) => Err(TaskError::unavailable(format!("caisson-vmm does not answer {name}"))),
+        }
     }
 
     /// Lets the network go, which the machine does not use any more.
     pub(super) async fn end_network(&self) {
         let Some(network) = &self.network else { return };
         match std::mem::replace(&mut *network.state.lock().await, State::Ended) {
-            State::Joined { watch, .. } => self.end_watch(*watch).await,
+            State::Joined { follower, .. } => self.end_watch(follower.watch).await,
             State::Followed(followed) => drop(followed.await),
             State::Ended => {}
         }

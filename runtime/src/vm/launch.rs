@@ -31,7 +31,7 @@ use crate::{
         processes::{self, Member},
     },
     network::{self, Card, Namespace, NetworkError, Record, Settings, TaskThread},
-    pod::network::PodNetwork,
+    pod::network::{CardSlots, Joined, PodNetwork},
     resources::size::{HostSize, MachineSize},
     rootfs::share::{Share, ShareError},
     spec::BundleSpec,
@@ -151,6 +151,9 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let MachineSize { vcpus, memory: size } = allotment.size();
     let given = pod.network.map(|namespace| join(namespace, paths, pod.spec, vcpus)).transpose()?;
     let (cards, given) = given.unzip();
+    let cards: Vec<Card> = cards.unwrap_or_default();
+    let macs: Vec<_> = cards.iter().map(|card| card.mac).collect();
+    let empty_network_slots = SLOTS.saturating_sub(u8::try_from(cards.len()).unwrap_or(SLOTS)).min(EMPTY_SLOTS);
     let cgroup = allotment.cgroup().open()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
     let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
@@ -179,8 +182,10 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
             .into_iter()
             .filter_map(|(tag, server)| Some(caisson_vmm_client::Share { tag: tag.into(), server: server? }))
             .collect(),
-        networks: cards.into_iter().flatten().map(device).collect(),
+        networks: cards.into_iter().map(device).collect(),
+        empty_network_slots,
     };
+    let slots: CardSlots = macs.into_iter().zip(machine.network_slots()).collect();
     control::configure_and_start(&control, machine)?;
 
     let root = share.open_view()?;
@@ -192,11 +197,12 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         descriptors.push((socket.as_fd(), 5));
     }
     let fsd = spawn_file_server(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
-    let network = match given {
-        Some(network) => network,
+    let joined = match given {
+        Some(joined) => joined,
         // The guest boots while it is made.
         None => new_network(vcpus)?,
     };
+    let network = PodNetwork::new(joined, slots);
     let task = network.namespace().task_thread().map_err(system("start a thread in the network namespace"))?;
     record(paths, &vmm, &fsd, &task)?;
     for child in [&vmm, &fsd] {
@@ -207,13 +213,16 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     Ok(Launch { machine, share, allotment, has_host_share, network, task })
 }
 
+/// Most network cards of a machine (protos/src/monitor.rs).
+const SLOTS: u8 = 8;
+/// How many may come to a machine that runs, unless it has many already. Each costs the guest's kernel a little at boot.
+const EMPTY_SLOTS: u8 = 4;
+
 /// What a machine can have of the network.
 fn settings(vcpus: u8) -> Settings {
-    /// Most cards (protos/src/monitor.rs).
-    const CARDS: usize = 8;
     /// What the other parts of a machine leave of the descriptors that fit into one message (ibidem), which all of the machine's come with.
     const DESCRIPTORS: u16 = 52;
-    Settings { queues: vcpus.into(), cards: CARDS, descriptors: DESCRIPTORS }
+    Settings { queues: vcpus.into(), cards: SLOTS.into(), descriptors: DESCRIPTORS }
 }
 
 /// Joins the interfaces of a network namespace that others have made.
@@ -222,21 +231,21 @@ fn join(
     paths: &PodPaths,
     spec: &BundleSpec,
     vcpus: u8,
-) -> Result<(Vec<Card>, PodNetwork), LaunchError> {
+) -> Result<(Vec<Card>, Joined), LaunchError> {
     let file = paths.network();
     let identity = namespace.identity().map_err(system("look at the network namespace"))?;
     let record = Record { identity, path: spec.namespaces.network.clone().unwrap_or_default() };
     // First, so that nothing stays if this process is killed.
     record.write(&file).map_err(system(format!("write {}", file.display())))?;
     let (cards, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
-    Ok((cards, PodNetwork::new(namespace.clone(), message, watch)))
+    Ok((cards, Joined { namespace: namespace.clone(), message, watch }))
 }
 
 /// A network namespace of the pod's own. Nothing is in it yet.
-fn new_network(vcpus: u8) -> Result<PodNetwork, LaunchError> {
+fn new_network(vcpus: u8) -> Result<Joined, LaunchError> {
     let namespace = Namespace::new().map_err(system("make a network namespace"))?;
     let (_, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
-    Ok(PodNetwork::new(namespace, message, watch))
+    Ok(Joined { namespace, message, watch })
 }
 
 /// The machine's part of a card.

@@ -20,7 +20,7 @@ use caisson_protos::{
     monitor::ExitReason,
 };
 use caisson_vmm_client::{
-    CallError, Child, Ended, GuestStreams,
+    CallError, Child, Control, Ended, GuestStreams,
     control::{self, Answer},
 };
 use slog::{Logger, debug, error, info};
@@ -46,6 +46,8 @@ pub struct Machine {
     pub dialer: Arc<Dialer>,
     /// Calls to the agent.
     pub agent: AgentClient,
+    /// Commands to the monitor.
+    pub control: Control,
     rpc: Client,
 }
 
@@ -54,10 +56,10 @@ impl Machine {
     ///
     /// # Errors
     /// If it does not accept.
-    pub async fn connect(dialer: Arc<Dialer>) -> Result<Self, DialError> {
+    pub async fn connect(dialer: Arc<Dialer>, control: Control) -> Result<Self, DialError> {
         let (stream, _) = dialer.dial(AGENT_PORT).await?;
         let rpc = Client::new(Socket::new(stream));
-        Ok(Self { dialer, agent: AgentClient::new(rpc.clone()), rpc })
+        Ok(Self { dialer, agent: AgentClient::new(rpc.clone()), control, rpc })
     }
 
     /// Calls the agent for an answer that can be large: one of more than `limit` bytes is refused before it is decoded,
@@ -231,10 +233,10 @@ async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline
     }
     let reason = {
         let work = async {
-            let (_control, driver, configured, started) = control::attach(control).map_err(system)?;
+            let (control, driver, configured, started) = control::attach(control).map_err(system)?;
             let streams = GuestStreams::new(guest_streams).map_err(system)?;
             let mut driver = tokio::spawn(driver.run());
-            let boot = timeout(limit, boot(configured, started, &streams, dialer, timeline, log));
+            let boot = timeout(limit, boot(configured, started, &streams, (dialer, control), timeline, log));
             let booted = tokio::select! {
                 biased;
                 booted = boot => booted.unwrap_or_else(|_| Err(BootError::TooLong(limit))),
@@ -354,7 +356,7 @@ async fn boot(
     configured: Answer,
     started: Answer,
     streams: &GuestStreams,
-    dialer: Dialer,
+    (dialer, control): (Dialer, Control),
     timeline: &Timeline,
     log: &Logger,
 ) -> Result<Machine, BootError> {
@@ -375,7 +377,7 @@ async fn boot(
     timeline.mark_at(Stage::Kernel, now.saturating_sub(ready.ready_ns.saturating_sub(ready.agent_started_ns)));
     let release: String = ready.kernel_release.chars().take(64).collect();
     debug!(log, "agent ready"; "kernel" => release);
-    Ok(Machine::connect(Arc::new(dialer)).await?)
+    Ok(Machine::connect(Arc::new(dialer), control).await?)
 }
 
 /// Bytes of the longest ready message.

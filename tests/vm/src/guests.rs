@@ -108,6 +108,19 @@ guest!(
     "mov dx, 0x510", "mov al, 1", "out dx, al", "9: hlt", "jmp 9b",
 );
 guest!(
+    /// The same in the first 16 device pages without an end, double words only.
+    scribble_registers_for_ever, caisson_guest_scribble_ever, caisson_guest_scribble_ever_end,
+    "mov rax, 0xd0000083", "mov [0xb008], rax", "mov rax, cr3", "mov cr3, rax",
+    "mov r8, 0x9e3779b97f4a7c15",
+    "1:",
+    "mov rax, r8", "shl rax, 13", "xor r8, rax", "mov rax, r8", "shr rax, 7", "xor r8, rax",
+    "mov rax, r8", "shl rax, 17", "xor r8, rax",
+    "mov rbx, r8", "and ebx, 0xf000", "mov rcx, r8", "shr rcx, 20", "and ecx, 0x1fc", "add rbx, rcx", "add rbx, 0x200000",
+    "mov rdx, r8", "shr rdx, 32", "and edx, 0xf",
+    "mov [rbx], edx", "mov eax, [rbx]",
+    "jmp 1b",
+);
+guest!(
     /// Writes random values to all ports that do not end the machine, reads them all, then powers off.
     scribble_ports, caisson_guest_ports, caisson_guest_ports_end,
     "mov r8, 0x9e3779b97f4a7c15", "xor r9d, r9d",

@@ -16,3 +16,5 @@ pub mod hung;
 pub mod kernel;
 pub mod linux;
 pub mod monitor;
+pub mod streams;
+pub mod tap;

@@ -28,6 +28,7 @@ pub fn machine(kernel: OwnedFd) -> Machine {
         disks: Vec::new(),
         shares: Vec::new(),
         networks: Vec::new(),
+        empty_network_slots: 0,
     }
 }
 

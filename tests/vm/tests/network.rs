@@ -1,13 +1,9 @@
 //! Network devices: a Linux guest talks to sockets of the host through a tap, in a network namespace of the test's own.
 
 use std::{
-    fs::File,
-    io::{self, Read, Write},
+    io::{Read, Write},
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpStream, UdpSocket},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
-    },
+    os::fd::OwnedFd,
     thread,
 };
 
@@ -16,6 +12,7 @@ use caisson_vm_tests::{
     environment::LIMIT,
     linux::{Guest, fact, scenario},
     monitor::read_until,
+    tap,
 };
 use caisson_vmm_client::Network;
 
@@ -27,52 +24,8 @@ const MIB: usize = 1 << 20;
 
 /// A tap in a new network namespace, in which this thread and those that it starts are from now on.
 fn tap(queues: usize, mtu: u16) -> Vec<OwnedFd> {
-    // SAFETY: changes what this thread sees of the network, and no memory.
-    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-    assert_eq!(result, 0, "these tests run as root: {}", io::Error::last_os_error());
-    let multi_queue = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-    let kind = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue;
-    let taps = (0..queues).map(|_| {
-        let file = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun").unwrap();
-        let mut request = request();
-        request.ifr_ifru.ifru_flags = kind as libc::c_short;
-        call(&file, libc::TUNSETIFF, &mut request);
-        file.into()
-    });
-    let taps = taps.collect();
-    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-    let address = |address: Ipv4Addr| {
-        let mut bytes = [0; 14];
-        bytes[2..6].copy_from_slice(&address.octets().map(|byte| byte as libc::c_char));
-        libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data: bytes }
-    };
-    let mut request = request();
-    request.ifr_ifru.ifru_mtu = mtu.into();
-    call(&socket, libc::SIOCSIFMTU, &mut request);
-    request.ifr_ifru.ifru_addr = address(HOST);
-    call(&socket, libc::SIOCSIFADDR, &mut request);
-    request.ifr_ifru.ifru_netmask = address(Ipv4Addr::new(255, 255, 255, 0));
-    call(&socket, libc::SIOCSIFNETMASK, &mut request);
-    call(&socket, libc::SIOCGIFFLAGS, &mut request);
-    // SAFETY: SIOCGIFFLAGS has filled the flags.
-    request.ifr_ifru.ifru_flags = unsafe { request.ifr_ifru.ifru_flags } | libc::IFF_UP as libc::c_short;
-    call(&socket, libc::SIOCSIFFLAGS, &mut request);
-    taps
-}
-
-fn request() -> libc::ifreq {
-    // SAFETY: a zeroed ifreq is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"tap0") {
-        *to = *from as libc::c_char;
-    }
-    request
-}
-
-fn call(fd: &impl AsRawFd, call: libc::Ioctl, request: &mut libc::ifreq) {
-    // SAFETY: all calls here read and write an ifreq.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), call, request) };
-    assert_eq!(result, 0, "ioctl {call:#x}: {}", io::Error::last_os_error());
+    tap::enter_namespace();
+    tap::create("tap0", queues, mtu, HOST)
 }
 
 fn network(taps: Vec<OwnedFd>, mtu: u16) -> Network {
@@ -120,7 +73,7 @@ fn echo(seed: usize, len: usize) {
 fn end(mut guest: Guest) -> NetworkStats {
     let stats = guest.monitor.stats();
     assert_eq!(stats.guest_faults, 0);
-    let [network] = stats.networks[..] else { panic!("{:?}", stats.networks) };
+    let [network] = *Vec::from_iter(stats.networks.into_values()) else { panic!("not one network device") };
     connect(b"q");
     let said = guest.verdict();
     assert!(said.contains("guest: passed"), "the guest said:\n{said}");
@@ -182,5 +135,7 @@ fn a_guest_that_is_bound_to_its_address_uses_it_and_no_other() {
     let (mut guest, _) = start(Network { sources: bound(Ipv4Addr::new(10, 9, 8, 3)), ..network(tap(1, 1500), 1500) });
     let socket = UdpSocket::bind((HOST, 0)).unwrap();
     socket.send_to(b"who are you?", (GUEST, PORT)).unwrap();
-    guest.monitor.wait_for_stats("a refused answer", |stats| stats.networks[0].spoofed > 0);
+    guest
+        .monitor
+        .wait_for_stats("a refused answer", |stats| stats.networks.values().any(|network| network.spoofed > 0));
 }

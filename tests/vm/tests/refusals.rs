@@ -159,6 +159,20 @@ fn network_devices_that_cannot_be() {
     let nothing = RateLimit { bytes: Some(TokenBucket { rate: 0, burst: 1 }), operations: None };
     refused(one(Network { receive_limit: nothing, ..network() }), &["network 0", "rate or burst of 0"]);
     refused(with(|m| m.networks = (0..9).map(|_| network()).collect()), &["9 networks", "at most 8"]);
+    refused(with(|m| m.empty_network_slots = 9), &["9 network slots", "at most 8"]);
+    let disk = || Disk { serial: String::new(), file: kernel::descriptor(&[0; 512]), read_only: false };
+    let many = with(|m| (m.disks, m.empty_network_slots) = ((0..8).map(|_| disk()).collect(), 8));
+    // Of these the entropy device, eight disks and as many empty slots fit.
+    let mut monitor = Monitor::spawn();
+    monitor.start(many);
+    assert_eq!(monitor.exit_reason(), ExitReason::PoweredOff);
+    let too_many = with(|m| {
+        (m.disks, m.empty_network_slots) = ((0..8).map(|_| disk()).collect(), 8);
+        let (ours, theirs) = caisson_vmm_client::packet::pair().unwrap();
+        std::mem::forget(ours);
+        m.shares = vec![Share { tag: "t".into(), server: theirs }];
+    });
+    refused(too_many, &["18 devices and empty slots", "at most 17"]);
 }
 
 #[test]
@@ -194,6 +208,7 @@ fn config(kernel: u8) -> MachineConfig {
         disks: Vec::new(),
         shares: Vec::new(),
         networks: Vec::new(),
+        empty_network_slots: 0,
     }
 }
 
@@ -223,7 +238,7 @@ fn descriptors_that_are_missing_left_over_or_used_twice() {
         assert_eq!(open_descriptors(&monitor), before, "after {error:?}");
     }
     let error = monitor.call_with(Request::Start, &[good()]).unwrap_err();
-    assert!(error.contains("only Configure takes descriptors"), "{error}");
+    assert!(error.contains("only Configure and AttachNetwork take descriptors"), "{error}");
     assert_eq!(open_descriptors(&monitor), before);
 }
 

@@ -3,7 +3,7 @@
 use std::{
     io::{Read, Write},
     os::unix::net::{UnixListener, UnixStream},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use caisson_protos::monitor::ExitReason;
@@ -11,6 +11,7 @@ use caisson_vm_tests::{
     environment::LIMIT,
     linux::{Guest, scenario},
     monitor::read_until,
+    streams::dial,
 };
 use caisson_vmm_client::{GuestStreams, Vsock, packet};
 
@@ -62,24 +63,6 @@ fn echo(mut stream: UnixStream) {
             n => stream.write_all(&buffer[..n]).unwrap(),
         }
     }
-}
-
-/// What came after the handshake's line, or an empty answer for a refusal.
-fn dial(socket: &Path, port: u32) -> Option<UnixStream> {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    writeln!(stream, "CONNECT {port}").unwrap();
-    let mut line = Vec::new();
-    while line.last() != Some(&b'\n') {
-        let mut byte = [0];
-        if stream.read(&mut byte).unwrap() == 0 {
-            return None;
-        }
-        line.extend(byte);
-    }
-    let line = String::from_utf8(line).unwrap();
-    assert!(line.strip_prefix("OK ").is_some_and(|port| port.trim().parse::<u32>().is_ok()), "{line:?}");
-    Some(stream)
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The kernel's command line: what the monitor knows (the console and where the devices are), then the operator's words.
 //! In this order, because Linux hands everything behind `--` to init, and takes the last of several consoles for /dev/console.
 
+use caisson_protos::guest::Slot;
 use vm_memory::GuestAddress;
 
 use crate::virtio::mmio::REGISTERS_SIZE;
@@ -63,9 +64,9 @@ impl CommandLine {
         self.add("console=ttyS0");
     }
 
-    /// There is a virtio-mmio device.
-    pub fn add_device(&mut self, base: GuestAddress, irq: u32) {
-        self.add(&format!("virtio_mmio.device={}K@{:#x}:{irq}", REGISTERS_SIZE / 1024, base.0));
+    /// There is a virtio-mmio slot, which Linux is to know by this number ([`Slot::platform_device`]).
+    pub fn add_slot(&mut self, base: GuestAddress, irq: u32, Slot(number): Slot) {
+        self.add(&format!("virtio_mmio.device={}K@{:#x}:{irq}:{number}", REGISTERS_SIZE / 1024, base.0));
     }
 
     /// The bytes for the guest, with the final zero.
@@ -103,9 +104,9 @@ mod tests {
     fn words_follow_each_other() {
         let mut line = CommandLine::new("panic=-1").unwrap();
         line.add_console(true);
-        line.add_device(GuestAddress(0xd000_0000), 5);
+        line.add_slot(GuestAddress(0xd000_0000), 5, Slot(0));
         let text = String::from_utf8(line.finish().unwrap()).unwrap();
-        assert_eq!(text, "earlyprintk=ttyS0 console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 panic=-1\0");
+        assert_eq!(text, "earlyprintk=ttyS0 console=ttyS0 virtio_mmio.device=4K@0xd0000000:5:0 panic=-1\0");
     }
 
     #[test]

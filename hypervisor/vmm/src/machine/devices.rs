@@ -1,5 +1,5 @@
 //! The devices of a machine, in the order in which the guest finds them: entropy first, which the kernel wants early,
-//! then vsock, disks (vda first), shares, network devices.
+//! then vsock, disks (vda first), shares, network devices ([`MachineConfig::network_slots`] counts on that).
 
 use std::{collections::BTreeSet, io};
 
@@ -38,6 +38,8 @@ pub fn build(
     check_count("disks", config.disks.len(), MAX_DISKS)?;
     check_count("shares", config.shares.len(), MAX_SHARES)?;
     check_count("networks", config.networks.len(), MAX_NETWORKS)?;
+    let network_slots = config.networks.len() + usize::from(config.empty_network_slots);
+    check_count("network slots", network_slots, MAX_NETWORKS)?;
     check_unique("disks", config.disks.iter().map(|disk| &disk.serial))?;
     check_unique("shares", config.shares.iter().map(|share| &share.tag))?;
 
@@ -61,10 +63,11 @@ pub fn build(
         devices.push(Box::new(device.map_err(|error| MachineError::Device { what, source: error.into() })?));
     }
     for (index, network) in config.networks.iter().enumerate() {
-        devices.push(Box::new(net(index, network, fds, log)?));
+        devices.push(Box::new(net(&format!("network {index}"), network, fds, log)?));
     }
     // Each has an interrupt of its own.
-    check_count("devices", devices.len(), VIRTIO_IRQS.len())?;
+    let slots = devices.len() + usize::from(config.empty_network_slots);
+    check_count("devices and empty slots", slots, VIRTIO_IRQS.len())?;
     Ok(devices)
 }
 
@@ -81,8 +84,12 @@ fn block(index: usize, config: &DiskConfig, fds: &mut Descriptors, log: &Logger)
         .map_err(|source| MachineError::Device { what, source: source.into() })
 }
 
-fn net(index: usize, config: &NetworkConfig, fds: &mut Descriptors, log: &Logger) -> Result<Net, MachineError> {
-    let refuse = |problem: String| MachineError::Network { index, problem };
+/// A network device, which `what` names in errors.
+///
+/// # Errors
+/// See [`MachineError`].
+pub fn net(what: &str, config: &NetworkConfig, fds: &mut Descriptors, log: &Logger) -> Result<Net, MachineError> {
+    let refuse = |problem: String| MachineError::Network { what: what.to_owned(), problem };
     if config.mac == [0; 6] || net::is_multicast(config.mac) {
         return Err(refuse(format!("MAC {:02x?}: use the address of one device", config.mac)));
     }
@@ -96,8 +103,7 @@ fn net(index: usize, config: &NetworkConfig, fds: &mut Descriptors, log: &Logger
     if !(1..=net::MAX_PAIRS).contains(&config.taps.len()) {
         return Err(refuse(format!("{} queues of a tap: use 1 to {}", config.taps.len(), net::MAX_PAIRS)));
     }
-    let what = format!("network {index}");
-    let taps = config.taps.iter().map(|tap| fds.tap(*tap, &what)).collect::<Result<Vec<_>, _>>()?;
+    let taps = config.taps.iter().map(|tap| fds.tap(*tap, what)).collect::<Result<Vec<_>, _>>()?;
     let mut infos = taps.iter().map(|(_, info)| info);
     if let Some(first) = infos.next() {
         if let Some(other) = infos.find(|info| info.name != first.name) {
@@ -108,7 +114,7 @@ fn net(index: usize, config: &NetworkConfig, fds: &mut Descriptors, log: &Logger
             return Err(refuse(format!("tap {:?} has one queue only: set IFF_MULTI_QUEUE on it", first.name)));
         }
     }
-    let failed = |source: io::Error| MachineError::Device { what: what.clone(), source: source.into() };
+    let failed = |source: io::Error| MachineError::Device { what: what.to_owned(), source: source.into() };
     let taps = taps.into_iter().map(|(fd, _)| Tap::new(fd)).collect::<io::Result<Vec<_>>>().map_err(failed)?;
     let settings = net::Settings {
         mac: config.mac,
@@ -119,7 +125,7 @@ fn net(index: usize, config: &NetworkConfig, fds: &mut Descriptors, log: &Logger
         uso: taps.first().is_some_and(Tap::has_uso),
     };
     let backends = taps.into_iter().map(|tap| Box::new(tap) as Box<dyn Backend>).collect();
-    Net::new(backends, settings, log.new(slog::o!("network" => index))).map_err(failed)
+    Net::new(backends, settings, log.new(slog::o!("network" => what.to_owned()))).map_err(failed)
 }
 
 fn check_count(what: &'static str, count: usize, max: usize) -> Result<(), MachineError> {

@@ -159,6 +159,16 @@ pub trait VirtioDevice: Send {
         false
     }
 
+    /// Reports to the driver, by the configuration space, whether there is a link. False from a device that has none.
+    fn set_link(&mut self, _up: bool) -> bool {
+        false
+    }
+
+    /// Whether the configuration space has changed since the last call.
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
+
     /// Back to the state before `activate`: forget all guest requests, end all watches. No request may touch guest memory
     /// afterwards.
     fn reset(&mut self, _poll: &mut dyn Poll) {}

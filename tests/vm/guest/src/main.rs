@@ -8,6 +8,7 @@ mod files;
 mod machine;
 mod network;
 mod power;
+mod slots;
 mod vsock;
 
 use std::{fs, path::Path};
@@ -40,6 +41,7 @@ fn main() {
         "vsock" => vsock::both_ways(),
         "last-words" => vsock::last_words(),
         "network" => network::serve(),
+        "slots" => slots::obey(),
         "ticks" => machine::tick_for_ever(),
         "files" => files::share(&word("caisson.tag=").expect("caisson.tag= in the kernel's command line")),
         other => panic!("no scenario {other:?}"),

@@ -17,7 +17,7 @@ const CARRIER_LIMIT: Duration = Duration::from_secs(10);
 pub fn serve() {
     for name in ["address", "mtu", "carrier", "type"] {
         if name == "carrier" {
-            bring_up("eth0");
+            bring_up("eth0", GUEST);
             // Linux looks at the link on a work queue of its own.
             let limit = Instant::now() + CARRIER_LIMIT;
             while attribute(name) != "1" && Instant::now() < limit {
@@ -47,14 +47,29 @@ pub fn serve() {
 }
 
 /// As io::copy, but in large pieces.
-fn echo(mut stream: TcpStream) {
+fn echo(stream: TcpStream) {
+    try_echo(stream).expect("an echo");
+}
+
+fn try_echo(mut stream: TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; 256 << 10];
     loop {
-        match stream.read(&mut buffer).expect("reading a connection") {
-            0 => return,
-            n => stream.write_all(&buffer[..n]).expect("writing a connection"),
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            n => stream.write_all(&buffer[..n])?,
         }
     }
+}
+
+/// Echoes what comes to any address of this machine, in the background. A connection may break: its card may go.
+pub fn echo_in_background() {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).expect("listening");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let stream = stream.expect("a connection");
+            std::thread::spawn(move || try_echo(stream));
+        }
+    });
 }
 
 /// Datagrams of all sizes, the largest ones in fragments.
@@ -71,7 +86,8 @@ fn attribute(name: &str) -> String {
     std::fs::read_to_string(&path).expect(&path).trim().to_owned()
 }
 
-fn bring_up(name: &str) {
+/// Gives a card an address in a network of 256 and brings it up.
+pub fn bring_up(name: &str, ip: Ipv4Addr) {
     let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
     // SAFETY: a zeroed ifreq is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -83,7 +99,7 @@ fn bring_up(name: &str) {
         bytes[2..6].copy_from_slice(&address.map(|byte| byte as libc::c_char));
         libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data: bytes }
     };
-    request.ifr_ifru.ifru_addr = address(GUEST.octets());
+    request.ifr_ifru.ifru_addr = address(ip.octets());
     call(&socket, libc::SIOCSIFADDR, &mut request);
     request.ifr_ifru.ifru_netmask = address([255, 255, 255, 0]);
     call(&socket, libc::SIOCSIFNETMASK, &mut request);

@@ -128,7 +128,8 @@ fn connect(cid: u32, port: u32) -> io::Result<File> {
     }
 }
 
-fn listen(port: u32) -> OwnedFd {
+/// A socket on which streams of the host arrive.
+pub fn listen(port: u32) -> OwnedFd {
     let (socket, address) = (socket(), address(libc::VMADDR_CID_ANY, port));
     // SAFETY: the address has this length and outlives the call.
     unsafe {
@@ -138,7 +139,8 @@ fn listen(port: u32) -> OwnedFd {
     socket
 }
 
-fn accept(listener: &OwnedFd) -> File {
+/// Waits for the next stream.
+pub fn accept(listener: &OwnedFd) -> File {
     // SAFETY: no address wanted; a new descriptor, checked.
     unsafe {
         let fd = libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut());

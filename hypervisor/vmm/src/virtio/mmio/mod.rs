@@ -6,7 +6,7 @@
 //!     register read ══► page (no exit)          │
 //!       DRIVER_OK, reset ─────── wake ─────────►│ apply_status: device.reset, activate
 //!     QueueNotify ═══ ioeventfd (no exit) ═════►│ device.queue_ready
-//!     InterruptACK ══ ioeventfd, never read     │ device.descriptor_ready
+//!     InterruptACK, 1 ══ ioeventfd, never read  │ device.descriptor_ready
 //!     ◄═══════════════ irqfd ═══════════════════│ one interrupt, if any completed chain needs it
 //! ```
 //!
@@ -14,10 +14,14 @@
 //! guest memory any more; device.reset is called before anything else of the device. Activation may happen a little
 //! after the write, which no driver can tell from a slow device.
 //!
-//! **Interrupts** are edges on an IOAPIC pin of their own, so that none has to be taken back. The acknowledgement is
-//! then of no use to anybody, but Linux writes it after each interrupt; an ioeventfd that nobody reads swallows it inside
-//! KVM. So the "used buffer" cause, once given, stays readable in
-//! InterruptStatus, and a driver looks at its used rings at each interrupt, as it does anyway.
+//! **Interrupts** are edges on an IOAPIC pin of their own, so that none has to be taken back. The acknowledgement of a used
+//! buffer is then of no use to anybody, but Linux writes it after each interrupt; an ioeventfd that nobody reads swallows it inside
+//! KVM. So this cause, once given, stays readable in InterruptStatus, and a driver looks at its used rings at each interrupt, as it
+//! does anyway. The other cause, a changed configuration, is rare, and a driver that found it each time would read its
+//! configuration each time: what acknowledges that one comes out to this process, and takes it away.
+//!
+//! **A changed configuration** is written to the page between two changes of ConfigGeneration, then the driver is interrupted. One that
+//! reads meanwhile sees another generation afterwards, or reads once more because of the interrupt.
 
 mod page;
 mod registers;
@@ -28,12 +32,13 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering, fence},
     },
 };
 
 use caisson_protos::monitor::NetworkStats;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use kvm_ioctls::IoEventAddress;
 use slog::Logger;
 use virtio_bindings::{
     virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY},
@@ -98,7 +103,8 @@ pub struct DeviceStats {
 }
 
 impl MmioDevice {
-    /// Puts `device` behind a register block. Not yet connected to KVM: see [`Self::connect`].
+    /// Puts `device` behind a register block, which is not in `page` yet ([`Self::publish`]), nor connected to KVM
+    /// ([`Self::connect`]).
     ///
     /// # Errors
     /// No more descriptors.
@@ -110,8 +116,6 @@ impl MmioDevice {
     ) -> io::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let registers = Registers::new(device.device_id(), device.features(), device.queue_sizes());
-        page.publish(&registers);
-        page.publish_config(|config| device.read_config(0, config));
         Ok(Self {
             name: device.name(),
             memory,
@@ -129,18 +133,46 @@ impl MmioDevice {
         })
     }
 
-    /// Joins notifications and interrupt to the machine: registers at `base`, interrupt `irq`.
+    /// Shows the guest the device: from here on a driver may use it.
+    pub fn publish(&self) {
+        let inner = self.lock();
+        self.page.publish_config(|config| inner.device.read_config(0, config));
+        fence(Ordering::SeqCst);
+        self.page.publish(&inner.registers);
+    }
+
+    /// Joins notifications and interrupt to the machine: registers at `base`, interrupt `irq`. All of them, or none.
     ///
     /// # Errors
     /// KVM's.
     pub fn connect(&self, vm: &kvm_ioctls::VmFd, base: GuestAddress, irq: u32) -> io::Result<()> {
-        use kvm_ioctls::{IoEventAddress::Mmio, NoDatamatch};
-        vm.register_irqfd(&self.interrupt, irq)?;
-        vm.register_ioevent(&self.acknowledge, &Mmio(base.0 + u64::from(VIRTIO_MMIO_INTERRUPT_ACK)), NoDatamatch)?;
-        for (index, event) in (0u32..).zip(&self.notify) {
-            vm.register_ioevent(event, &Mmio(base.0 + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY)), index)?;
+        let connected = vm.register_irqfd(&self.interrupt, irq).and_then(|()| {
+            self.notifications(base).try_for_each(|(event, at, value)| vm.register_ioevent(event, &at, value))
+        });
+        if connected.is_err() {
+            // What was not joined cannot be parted, which is the only error here.
+            let _ = self.disconnect(vm, base, irq);
         }
-        Ok(())
+        Ok(connected?)
+    }
+
+    /// Undoes [`Self::connect`].
+    ///
+    /// # Errors
+    /// KVM's first; the rest is undone all the same.
+    pub fn disconnect(&self, vm: &kvm_ioctls::VmFd, base: GuestAddress, irq: u32) -> io::Result<()> {
+        let mut result = vm.unregister_irqfd(&self.interrupt, irq);
+        for (event, at, value) in self.notifications(base) {
+            result = result.and(vm.unregister_ioevent(event, &at, value));
+        }
+        Ok(result?)
+    }
+
+    /// The register writes that KVM turns into events, each with its address and value.
+    fn notifications(&self, base: GuestAddress) -> impl Iterator<Item = (&EventFd, IoEventAddress, u32)> {
+        let at = move |register: u32| IoEventAddress::Mmio(base.0 + u64::from(register));
+        let queues = (0u32..).zip(&self.notify).map(move |(index, event)| (event, at(VIRTIO_MMIO_QUEUE_NOTIFY), index));
+        queues.chain([(&self.acknowledge, at(VIRTIO_MMIO_INTERRUPT_ACK), VIRTIO_MMIO_INT_VRING)])
     }
 
     /// The device's name.
@@ -168,9 +200,17 @@ impl MmioDevice {
         self.lock().device.has_undelivered()
     }
 
-    /// A vCPU reads at `offset` of the register page, where KVM does not show it the page itself.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        self.page.read(offset, data);
+    /// Whether a driver uses it.
+    pub fn is_live(&self) -> bool {
+        self.lock().registers.is_live()
+    }
+
+    /// Reports to the driver whether there is a link; false if the device is of a kind that has none.
+    pub fn set_link(&self, up: bool) -> bool {
+        let mut inner = self.lock();
+        let has_link = inner.device.set_link(up);
+        self.publish_config_change(&mut inner);
+        has_link
     }
 
     /// A vCPU writes `data` at `offset` of the register page.
@@ -195,7 +235,7 @@ impl MmioDevice {
             Effect::Notify(queue) => self.notify.get(usize::from(queue)).into_iter().for_each(signal),
             Effect::Acknowledge(causes) => {
                 self.page.interrupt_status(|status| {
-                    status.fetch_and(!causes, Ordering::AcqRel);
+                    status.fetch_and(!(causes & VIRTIO_MMIO_INT_CONFIG), Ordering::AcqRel);
                 });
             }
         }
@@ -222,6 +262,7 @@ impl MmioDevice {
         let reset = std::mem::take(&mut inner.reset_due);
         if reset {
             inner.device.reset(poll);
+            self.publish_config_change(inner);
         }
         if inner.registers.is_live() && inner.queues.is_none() {
             let queues = inner.registers.queues().iter().enumerate();
@@ -275,6 +316,7 @@ impl MmioDevice {
         };
         let result = call(inner.device.as_mut(), &mut context).and_then(|()| self.interrupt_if_due(queues));
         self.guest_faults.fetch_add(guest_faults, Ordering::Relaxed);
+        self.publish_config_change(inner);
         if let Err(error) = result {
             self.fail(inner, poll, &error);
         }
@@ -294,6 +336,23 @@ impl MmioDevice {
         Ok(())
     }
 
+    /// Shows the driver a configuration space that has changed, and interrupts it.
+    fn publish_config_change(&self, inner: &mut Inner) {
+        if !inner.device.take_config_change() {
+            return;
+        }
+        inner.registers.next_config_generation();
+        self.page.publish(&inner.registers);
+        fence(Ordering::SeqCst);
+        self.page.publish_config(|config| inner.device.read_config(0, config));
+        fence(Ordering::SeqCst);
+        inner.registers.next_config_generation();
+        self.page.publish(&inner.registers);
+        if inner.registers.is_live() {
+            self.send_interrupt(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+
     fn fail(&self, inner: &mut Inner, poll: &mut dyn Poll, error: &DeviceError) {
         self.count_fault();
         if self.failures.fetch_add(1, Ordering::Relaxed) < MAX_LOGGED_FAILURES {
@@ -302,6 +361,7 @@ impl MmioDevice {
         inner.device.reset(poll);
         inner.queues = None;
         inner.registers.set_needs_reset();
+        self.publish_config_change(inner);
         self.page.publish(&inner.registers);
         self.send_interrupt(VIRTIO_MMIO_INT_CONFIG);
     }

@@ -6,14 +6,17 @@
 
 use std::sync::{Arc, atomic::AtomicU32};
 
-use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_INTERRUPT_STATUS};
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_INTERRUPT_STATUS};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice, mmap::FromRangesError};
 
-use super::{REGISTERS_SIZE, registers::Registers};
+use super::{
+    REGISTERS_SIZE,
+    registers::{EMPTY, Registers},
+};
 
 const SIZE: usize = REGISTERS_SIZE as usize;
 
-/// The pages of all devices of a machine, one after the other.
+/// The pages of all slots of a machine, one after the other.
 #[derive(Clone, Debug)]
 pub struct RegisterPages(Arc<MmapRegion>);
 
@@ -25,15 +28,17 @@ pub struct RegisterPage {
 }
 
 impl RegisterPages {
-    /// Pages for `count` devices, all zeros.
+    /// Pages for `count` slots, all of them empty.
     ///
     /// # Errors
     /// No memory.
     pub fn new(count: usize) -> Result<Self, FromRangesError> {
-        Ok(Self(Arc::new(MmapRegion::new(count.saturating_mul(SIZE))?)))
+        let pages = Self(Arc::new(MmapRegion::new(count.saturating_mul(SIZE))?));
+        (0..count).filter_map(|index| pages.page(index)).for_each(|page| page.clear());
+        Ok(pages)
     }
 
-    /// The page of device number `index`; None if there is none.
+    /// The page of slot number `index`; None if there is none.
     pub fn page(&self, index: usize) -> Option<RegisterPage> {
         let at = index.checked_mul(SIZE)?;
         (at < self.0.size()).then(|| RegisterPage { pages: self.clone(), at })
@@ -49,6 +54,16 @@ impl RegisterPage {
     /// Writes what the registers hold now.
     pub fn publish(&self, registers: &Registers) {
         for (register, value) in registers.readable() {
+            self.write(register as usize, &value.to_le_bytes());
+        }
+    }
+
+    /// Makes it the page of an empty slot.
+    pub fn clear(&self) {
+        self.write(VIRTIO_MMIO_DEVICE_ID as usize, &[0; 4]);
+        // All but magic and version, by which a driver knows that there is a slot.
+        self.write(VIRTIO_MMIO_DEVICE_ID as usize, &[0; SIZE - VIRTIO_MMIO_DEVICE_ID as usize]);
+        for (register, value) in EMPTY {
             self.write(register as usize, &value.to_le_bytes());
         }
     }

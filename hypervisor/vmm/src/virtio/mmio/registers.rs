@@ -62,6 +62,7 @@ pub struct Registers {
     driver_features_sel: u32,
     accepted: u64,
     queue_sel: u32,
+    config_generation: u32,
     queues: Vec<QueueRegisters>,
 }
 
@@ -82,6 +83,9 @@ pub enum Effect {
     Acknowledge(u32),
 }
 
+/// The registers that can be read in a slot without a device: a device id of 0, which makes a driver leave it alone (4.2.2).
+pub const EMPTY: [(u32, u32); 2] = [(VIRTIO_MMIO_MAGIC_VALUE, MAGIC), (VIRTIO_MMIO_VERSION, VERSION)];
+
 impl Registers {
     /// The registers of a device at power-on.
     pub fn new(device_id: u32, device_features: u64, queue_sizes: &[u16]) -> Self {
@@ -94,6 +98,7 @@ impl Registers {
             driver_features_sel: 0,
             accepted: 0,
             queue_sel: 0,
+            config_generation: 0,
             queues,
         }
     }
@@ -118,13 +123,17 @@ impl Registers {
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
     }
 
+    /// The configuration space is about to change, or has changed.
+    pub fn next_config_generation(&mut self) {
+        self.config_generation = self.config_generation.wrapping_add(1);
+    }
+
     /// The registers that can be read, with their values, except InterruptStatus, which devices change while they work. All others
-    /// read as 0.
-    pub fn readable(&self) -> [(u32, u32); 12] {
+    /// read as 0. The device's id is the last: where it appears, the others are right.
+    pub fn readable(&self) -> [(u32, u32); 13] {
         [
             (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
             (VIRTIO_MMIO_VERSION, VERSION),
-            (VIRTIO_MMIO_DEVICE_ID, self.device_id),
             (VIRTIO_MMIO_VENDOR_ID, VENDOR),
             (VIRTIO_MMIO_DEVICE_FEATURES, half(self.offered, self.device_features_sel)),
             (VIRTIO_MMIO_QUEUE_NUM_MAX, self.selected().map_or(0, |queue| queue.max_size.into())),
@@ -135,6 +144,8 @@ impl Registers {
             (VIRTIO_MMIO_SHM_LEN_HIGH, u32::MAX),
             (VIRTIO_MMIO_SHM_BASE_LOW, u32::MAX),
             (VIRTIO_MMIO_SHM_BASE_HIGH, u32::MAX),
+            (VIRTIO_MMIO_CONFIG_GENERATION, self.config_generation),
+            (VIRTIO_MMIO_DEVICE_ID, self.device_id),
         ]
     }
 
@@ -261,7 +272,8 @@ impl Registers {
 
     fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
-        *self = Self::new(self.device_id, self.offered, &sizes);
+        let config_generation = self.config_generation;
+        *self = Self { config_generation, ..Self::new(self.device_id, self.offered, &sizes) };
     }
 }
 

@@ -108,7 +108,7 @@ impl Net {
             return Err(Refused);
         }
         self.state.mac = mac;
-        self.config = self.config_space();
+        self.update_config();
         Ok(())
     }
 

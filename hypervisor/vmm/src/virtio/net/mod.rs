@@ -10,7 +10,8 @@
 //! segments that are not cut yet) passes through as it is. All happens on the device thread, and each call is bounded in
 //! packets and bytes; [`receive`] says what bounds the memory.
 //!
-//! A tap that disappears takes the link with it, not the machine.
+//! A tap that disappears takes the link with it, not the machine. The parent can take the link away, too; then the driver sends
+//! nothing more, if it keeps to that.
 
 mod control;
 mod filter;
@@ -109,6 +110,8 @@ pub struct NetState {
     pub send: RateLimiter,
     /// What it may receive.
     pub receive: RateLimiter,
+    /// There is a link, as the parent has said last.
+    pub link: bool,
 }
 
 /// One network device.
@@ -121,6 +124,8 @@ pub struct Net {
     sources: Option<Sources>,
     state: NetState,
     config: [u8; 12],
+    /// The driver has not been shown the configuration space as it is.
+    config_changed: bool,
     stats: NetworkStats,
     /// Where a packet goes that the driver's buffers have no room for.
     rest: Vec<u8>,
@@ -149,6 +154,7 @@ impl Net {
             filter: ReceiveFilter::default(),
             send: RateLimiter::new(&send_limit),
             receive: RateLimiter::new(&receive_limit),
+            link: true,
         };
         let mut net = Self {
             pairs: backends.into_iter().map(|backend| Pair::new(backend, true)).collect(),
@@ -159,6 +165,7 @@ impl Net {
             sources: sources.map(|allowed| Sources::new(mac, &allowed)),
             state,
             config: [0; 12],
+            config_changed: false,
             stats: NetworkStats::default(),
             rest: vec![0; receive::MAX_PACKET],
             send_timer: Timer::new()?,
@@ -184,13 +191,21 @@ impl Net {
     /// Takes over a saved state, before [`VirtioDevice::activate`].
     pub fn restore(&mut self, state: NetState) {
         self.state = state;
-        self.config = self.config_space();
+        self.update_config();
+    }
+
+    /// After a change of what the configuration space says.
+    fn update_config(&mut self) {
+        let config = self.config_space();
+        self.config_changed |= config != self.config;
+        self.config = config;
     }
 
     /// `struct virtio_net_config` up to the MTU.
     fn config_space(&self) -> [u8; 12] {
         let [a, b, c, d, e, f] = self.state.mac;
-        let [s0, s1] = if self.gone { [0, 0] } else { (VIRTIO_NET_S_LINK_UP as u16).to_le_bytes() };
+        let up = self.state.link && !self.gone;
+        let [s0, s1] = if up { (VIRTIO_NET_S_LINK_UP as u16).to_le_bytes() } else { [0, 0] };
         // At most MAX_PAIRS.
         let [p0, p1] = (self.pairs.len() as u16).to_le_bytes();
         let [m0, m1] = self.mtu.to_le_bytes();
@@ -326,6 +341,16 @@ impl VirtioDevice for Net {
         Some(self.stats)
     }
 
+    fn set_link(&mut self, up: bool) -> bool {
+        self.state.link = up;
+        self.update_config();
+        true
+    }
+
+    fn take_config_change(&mut self) -> bool {
+        std::mem::take(&mut self.config_changed)
+    }
+
     fn reset(&mut self, poll: &mut dyn Poll) {
         for timer in [&mut self.send_timer, &mut self.receive_timer] {
             poll.remove(timer.fd());
@@ -339,7 +364,7 @@ impl VirtioDevice for Net {
             let _ = pair.backend.attach(false);
             pair.attached = false;
         }
-        self.config = self.config_space();
+        self.update_config();
     }
 }
 

@@ -208,7 +208,7 @@ impl Net {
             End::Gone(error) => {
                 slog::warn!(self.log, "the tap is gone, the network device is without a link"; "error" => %error);
                 self.gone = true;
-                self.config = self.config_space();
+                self.update_config();
                 self.pairs.iter_mut().for_each(|pair| pair.unwatch(context.poll));
                 return Ok(());
             }

@@ -3,6 +3,7 @@
 use virtio_bindings::virtio_net::*;
 
 use super::driver::*;
+use crate::virtio::VirtioDevice;
 
 const OK: u8 = 0;
 const ERR: u8 = 1;
@@ -141,8 +142,28 @@ fn the_configuration_space_says_what_there_is() {
 }
 
 #[test]
+fn the_link_is_as_the_parent_says() {
+    let mut driver = Driver::new(1, settings());
+    let status = |driver: &Driver| driver.net.config[6..8].to_vec();
+    assert!(!driver.net.take_config_change(), "as the driver found it");
+    assert!(driver.net.set_link(true) && !driver.net.take_config_change());
+    assert!(driver.net.set_link(false) && driver.net.take_config_change());
+    assert!(!driver.net.take_config_change(), "once");
+    assert_eq!(status(&driver), [0, 0]);
+    // Not the driver's to change.
+    driver.reset();
+    assert_eq!((status(&driver), driver.net.take_config_change()), (vec![0, 0], false));
+    driver.activate();
+    assert!(driver.net.set_link(true) && driver.net.take_config_change());
+    assert_eq!(status(&driver), [1, 0]);
+    assert_eq!(driver.command(&[1, 1, 2, 0, 0, 0, 0, 5]), OK);
+    assert!(driver.net.take_config_change(), "the address is there as well");
+}
+
+#[test]
 fn a_saved_state_goes_on_in_another_process() {
     let mut driver = Driver::new(2, settings());
+    driver.net.set_link(false);
     assert_eq!(driver.command(&[0, 0, 0]), OK);
     assert_eq!(driver.command(&[4, 0, 2, 0]), OK);
     let saved = caisson_protos::monitor::encode(driver.net.state()).unwrap();
@@ -150,6 +171,7 @@ fn a_saved_state_goes_on_in_another_process() {
     other.asked();
     other.net.restore(caisson_protos::monitor::decode(&saved).unwrap());
     assert_eq!(other.net.state(), driver.net.state());
+    assert_eq!(other.net.config, driver.net.config);
     other.activate();
     assert_eq!(other.asked(), [Asked::Offloads(ALL), Asked::Attach(1, true)]);
     other.post(2, 1, 1536);

@@ -17,6 +17,7 @@ use super::{
     super::{Backend, Tap, tap},
     driver::*,
 };
+use crate::virtio::VirtioDevice;
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
@@ -261,6 +262,8 @@ fn a_tap_that_is_deleted_is_noticed() {
     message[20..24].copy_from_slice(&index.to_ne_bytes());
     rustix::net::send(&netlink, &message, rustix::net::SendFlags::empty()).unwrap();
     driver.until(|driver| driver.net.gone.then_some(()));
+    assert!(driver.net.take_config_change() && driver.net.config[6..8] == [0, 0], "the link is gone, too");
+    assert!(driver.net.set_link(true) && !driver.net.take_config_change(), "nobody brings it back");
     assert_eq!(driver.is_watching(0), None);
     driver.settle();
 }
