@@ -5,54 +5,70 @@
 //!   the taps are there, the machine has its cards              each change goes to the guest      the namespace is as it was
 //! ```
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex as SyncMutex},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use caisson_protos::{
     agent::{BindDevicesRequest, ConfigureNetworkRequest, NetworkInterface},
     guest::Slot,
 };
-use caisson_vmm_client::CallError;
+use caisson_vmm_client::{CallError, Network};
 use slog::error;
-use tokio::{sync::Mutex, task::JoinHandle};
+use tokio::{sync::Mutex, task::JoinHandle, time::timeout};
 
-use super::{Pod, lock, no_deadline};
+use super::{Pod, no_deadline};
 use crate::{
     host::namespaces::on_own_thread,
-    network::{Card, Change, Namespace, Policy, Watch},
+    network::{Change, Namespace, Policy, Watch},
     shim::errors::TaskError,
     vm::{launch::device, supervisor::Machine},
 };
+
+/// Where the machine has each network card, by its hardware address.
+pub type CardSlots = BTreeMap<[u8; 6], Slot>;
+
+/// A network namespace whose interfaces are joined.
+#[derive(Debug)]
+pub struct Joined {
+    /// The namespace.
+    pub namespace: Namespace,
+    /// What the guest is to know of it.
+    pub message: ConfigureNetworkRequest,
+    /// What changes in it.
+    pub watch: Watch,
+    /// What its cards may send and receive.
+    pub policy: Policy,
+}
 
 /// See the module.
 #[derive(Debug)]
 pub struct PodNetwork {
     namespace: Namespace,
-    policy: Policy,
     state: Mutex<State>,
-    /// Where the machine has the cards with these hardware addresses.
-    slots: SyncMutex<BTreeMap<[u8; 6], Slot>>,
 }
 
 #[derive(Debug)]
 enum State {
-    Joined { message: ConfigureNetworkRequest, watch: Box<Watch> },
+    Joined { message: ConfigureNetworkRequest, follower: Box<Follower> },
     Followed(JoinHandle<()>),
     Ended,
 }
 
-impl PodNetwork {
-    /// A network namespace whose interfaces are joined, and what the guest is to know of it.
-    pub fn new(namespace: Namespace, policy: Policy, message: ConfigureNetworkRequest, watch: Watch) -> Self {
-        let state = Mutex::new(State::Joined { message, watch: Box::new(watch) });
-        Self { namespace, policy, state, slots: SyncMutex::default() }
-    }
+/// What is needed to follow the namespace.
+#[derive(Debug)]
+struct Follower {
+    watch: Watch,
+    policy: Policy,
+    slots: CardSlots,
+    /// Cards that the machine could not have: hardware address and name.
+    missing: BTreeMap<[u8; 6], String>,
+}
 
-    /// The machine has a card with this hardware address.
-    pub fn has_card(&self, mac: [u8; 6], slot: Slot) {
-        lock(&self.slots).insert(mac, slot);
+impl PodNetwork {
+    /// The machine has the network's cards in `slots`.
+    pub fn new(joined: Joined, slots: CardSlots) -> Self {
+        let Joined { namespace, message, watch, policy } = joined;
+        let follower = Box::new(Follower { watch, policy, slots, missing: BTreeMap::new() });
+        Self { namespace, state: Mutex::new(State::Joined { message, follower }) }
     }
 
     /// The network namespace.
@@ -69,34 +85,37 @@ impl Pod {
     pub(super) async fn configure_network(self: &Arc<Self>, machine: &Arc<Machine>) -> Result<(), TaskError> {
         let Some(network) = &self.network else { return Ok(()) };
         let mut state = network.state.lock().await;
-        let State::Joined { message, watch } = &mut *state else { return Ok(()) };
+        let State::Joined { message, follower } = &mut *state else { return Ok(()) };
         // What hooks have put there, and who else was quick.
-        match watch.now().await {
-            Ok(Some(change)) => *message = self.attach(machine, change.appeared, change.message).await,
-            Ok(None) => {}
+        match follower.watch.now().await {
+            Ok(Some(change)) => {
+                *message = change.message.clone();
+                self.change_network(machine, follower, change).await?;
+            }
+            Ok(None) if is_every_guests(message) => {}
+            Ok(None) => self.tell(machine, message).await?,
             Err(error) => return Err(TaskError::failed_precondition(error.to_string())),
         }
-        if !is_every_guests(message) {
-            let configure = machine.agent.configure_network(no_deadline(), message);
-            self.agent_call("ConfigureNetwork", configure).await.map_err(|error| error.context("network"))?;
-        }
-        if let State::Joined { watch, .. } = std::mem::replace(&mut *state, State::Ended) {
-            let followed = Arc::clone(self).follow_network(*watch, Arc::clone(machine));
+        if let State::Joined { follower, .. } = std::mem::replace(&mut *state, State::Ended) {
+            let followed = Arc::clone(self).follow_network(*follower, Arc::clone(machine));
             *state = State::Followed(tokio::spawn(followed));
         }
         Ok(())
     }
 
     /// Tells the guest what changes, until the machine ends. Then the namespace is as it was.
-    async fn follow_network(self: Arc<Self>, mut watch: Watch, machine: Arc<Machine>) {
+    async fn follow_network(self: Arc<Self>, mut follower: Follower, machine: Arc<Machine>) {
         loop {
             let change = tokio::select! {
                 biased;
                 _ = self.machine.lost() => break,
-                change = watch.changed() => change,
+                change = follower.watch.changed() => change,
             };
             let done = match change {
-                Ok(change) => self.change_network(&machine, change).await.map_err(|error| error.to_string()),
+                Ok(change) => {
+                    let changed = self.change_network(&machine, &mut follower, change).await;
+                    changed.map_err(|error| error.to_string())
+                }
                 Err(error) => Err(error.to_string()),
             };
             if let Err(error) = done
@@ -105,87 +124,108 @@ impl Pod {
                 error!(self.log, "the guest's network is not as its network namespace has it"; "error" => error);
             }
         }
-        self.end_watch(watch).await;
+        self.end_watch(follower.watch).await;
     }
 
-    async fn change_network(&self, machine: &Machine, change: Change) -> Result<(), TaskError> {
-        self.set_sources(machine, &change.message).await?;
-        let message = self.attach(machine, change.appeared, change.message).await;
-        let configure = machine.agent.configure_network(no_deadline(), &message);
-        self.agent_call("ConfigureNetwork", configure).await?;
-        for mac in change.gone {
-            self.detach_card(machine, mac).await?;
-        }
-        Ok(())
+    async fn tell(&self, machine: &Machine, message: &ConfigureNetworkRequest) -> Result<(), TaskError> {
+        let told = machine.agent.configure_network(no_deadline(), message);
+        self.agent_call("ConfigureNetwork", told).await.map(drop).map_err(|error| error.context("network"))
     }
 
-    /// Adds cards to the machine; the message without those that it cannot have.
-    async fn attach(
+    /// Adds cards to the machine, tells the guest, and removes cards.
+    async fn change_network(
         &self,
         machine: &Machine,
-        cards: Vec<Card>,
-        mut message: ConfigureNetworkRequest,
-    ) -> ConfigureNetworkRequest {
-        for card in cards {
+        follower: &mut Follower,
+        change: Change,
+    ) -> Result<(), TaskError> {
+        let Change { appeared, gone, mut message } = change;
+        // The interface is another with the same address: the guest could not tell the two cards apart.
+        let (replaced, gone): (Vec<_>, Vec<_>) =
+            gone.into_iter().partition(|mac| appeared.iter().any(|card| card.mac == *mac));
+        for mac in replaced {
+            self.detach_card(machine, follower, mac).await?;
+        }
+        for card in appeared {
             let (name, mac) = (card.name.clone(), card.mac);
             let interface = message.interfaces.iter().find(|interface| interface.mac == mac);
-            if let Err(error) = self.attach_card(machine, card, interface).await {
-                error!(self.log, "the machine cannot have a network card"; "interface" => &name, "error" => %error);
-                leave_out(&mut message, &name, mac);
+            match self.attach_card(machine, device(card, &follower.policy, interface)).await {
+                Ok(slot) => drop(follower.slots.insert(mac, slot)),
+                Err(error) => {
+                    error!(self.log, "the machine cannot have a network card"; "interface" => &name, "error" => %error);
+                    follower.missing.insert(mac, name);
+                }
             }
         }
-        message
+        self.set_sources(machine, follower, &message).await?;
+        for (mac, name) in &follower.missing {
+            leave_out(&mut message, name, *mac);
+        }
+        self.tell(machine, &message).await?;
+        for mac in gone {
+            self.detach_card(machine, follower, mac).await?;
+        }
+        Ok(())
     }
 
-    /// Gives the running machine a card, and waits until the guest has it.
-    async fn attach_card(
-        &self,
-        machine: &Machine,
-        card: Card,
-        interface: Option<&NetworkInterface>,
-    ) -> Result<(), TaskError> {
-        let Some(network) = &self.network else { return Ok(()) };
-        let mac = card.mac;
-        let monitor = machine.monitor().map_err(from_monitor)?;
-        let slot = monitor.attach_network(device(card, &network.policy, interface)).await.map_err(from_monitor)?;
-        network.has_card(mac, slot);
+    /// Gives the running machine a card.
+    async fn attach_card(&self, machine: &Machine, card: Network) -> Result<Slot, TaskError> {
+        let slot = self.command("AttachNetwork", machine.control.attach_network(card)).await?;
         let bind = BindDevicesRequest { bind: vec![slot.0.into()], ..BindDevicesRequest::default() };
         let bound = self.agent_call("BindDevices", machine.agent.bind_devices(no_deadline(), &bind)).await;
-        if bound.is_err() {
-            self.detach_card(machine, mac).await?;
+        if let Err(error) = bound {
+            // For the next one.
+            let _ = self.command("DetachNetwork", machine.control.detach_network(slot)).await;
+            return Err(error);
         }
-        bound.map(drop)
+        Ok(slot)
     }
 
-    /// The addresses from which the cards of the machine may send, where that is of interest.
-    async fn set_sources(&self, machine: &Machine, message: &ConfigureNetworkRequest) -> Result<(), TaskError> {
-        let Some(network) = &self.network else { return Ok(()) };
+    /// Tells the monitor from which addresses the guest may send, where that is of interest.
+    async fn set_sources(
+        &self,
+        machine: &Machine,
+        follower: &Follower,
+        message: &ConfigureNetworkRequest,
+    ) -> Result<(), TaskError> {
         for interface in &message.interfaces {
-            let slot = <[u8; 6]>::try_from(interface.mac.as_slice()).ok();
-            let slot = slot.and_then(|mac| lock(&network.slots).get(&mac).copied());
-            if let (Some(slot), Some(sources)) = (slot, network.policy.sources(Some(interface))) {
-                machine.monitor().map_err(from_monitor)?.set_sources(slot, sources).await.map_err(from_monitor)?;
+            let mac = <[u8; 6]>::try_from(interface.mac.as_slice()).ok();
+            let slot = mac.and_then(|mac| follower.slots.get(&mac).copied());
+            if let (Some(slot), Some(sources)) = (slot, follower.policy.sources(Some(interface))) {
+                self.command("SetSources", machine.control.set_sources(slot, sources)).await?;
             }
         }
         Ok(())
     }
 
-    /// Takes a card from the running machine, whose guest has lost its addresses.
-    async fn detach_card(&self, machine: &Machine, mac: [u8; 6]) -> Result<(), TaskError> {
-        let slot = self.network.as_ref().and_then(|network| lock(&network.slots).remove(&mac));
-        let Some(slot) = slot else { return Ok(()) };
+    /// Takes a card from the running machine. The guest does not use it any more.
+    async fn detach_card(&self, machine: &Machine, follower: &mut Follower, mac: [u8; 6]) -> Result<(), TaskError> {
+        follower.missing.remove(&mac);
+        let Some(slot) = follower.slots.remove(&mac) else { return Ok(()) };
         let unbind = BindDevicesRequest { unbind: vec![slot.0.into()], ..BindDevicesRequest::default() };
         let unbound = self.agent_call("BindDevices", machine.agent.bind_devices(no_deadline(), &unbind)).await;
-        // The card goes even if the guest wants to keep it.
-        machine.monitor().map_err(from_monitor)?.detach_network(slot).await.map_err(from_monitor)?;
+        // Whether the guest lets go of it or not: its tap is gone.
+        self.command("DetachNetwork", machine.control.detach_network(slot)).await?;
         unbound.map(drop)
+    }
+
+    /// The monitor's answer.
+    async fn command<T>(
+        &self,
+        name: &'static str,
+        answer: impl Future<Output = Result<T, CallError>>,
+    ) -> Result<T, TaskError> {
+        match timeout(self.limits.call, answer).await {
+            Ok(answer) => answer.map_err(|error| TaskError::failed_precondition(error.to_string())),
+            Err(_) => Err(TaskError::unavailable(format!("caisson-vmm does not answer {name}"))),
+        }
     }
 
     /// Lets the network go, which the machine does not use any more.
     pub(super) async fn end_network(&self) {
         let Some(network) = &self.network else { return };
         match std::mem::replace(&mut *network.state.lock().await, State::Ended) {
-            State::Joined { watch, .. } => self.end_watch(*watch).await,
+            State::Joined { follower, .. } => self.end_watch(follower.watch).await,
             State::Followed(followed) => drop(followed.await),
             State::Ended => {}
         }
@@ -196,10 +236,6 @@ impl Pod {
             error!(self.log, "cannot start a thread to leave the network namespace"; "error" => %error);
         }
     }
-}
-
-fn from_monitor(error: CallError) -> TaskError {
-    TaskError::failed_precondition(error.to_string())
 }
 
 /// What Linux gives the loopback interface.

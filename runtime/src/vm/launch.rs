@@ -10,7 +10,7 @@ use std::{
 
 use caisson_protos::{
     agent::NetworkInterface,
-    guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG, Slot},
+    guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG},
 };
 use caisson_vmm_client::{
     CallError, Child, Console, Machine, Memory, Network, SpawnError, Vsock, control, packet,
@@ -31,7 +31,7 @@ use crate::{
         processes::{self, Member},
     },
     network::{self, Card, InvalidBandwidth, Namespace, NetworkError, Policy, Record, Settings, TaskThread},
-    pod::network::PodNetwork,
+    pod::network::{CardSlots, Joined, PodNetwork},
     resources::size::{HostSize, MachineSize},
     rootfs::share::{Share, ShareError},
     spec::BundleSpec,
@@ -156,7 +156,10 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let MachineSize { vcpus, memory: size } = allotment.size();
     let policy = Policy::new(&config.network, &pod.spec.annotations)?;
     let given = pod.network.map(|namespace| join(namespace, paths, pod.spec, vcpus, policy.clone())).transpose()?;
-    let (cards, given) = given.unzip();
+    let (networks, given) = given.unzip();
+    let networks: Vec<Network> = networks.unwrap_or_default();
+    let macs: Vec<_> = networks.iter().map(|network| network.mac).collect();
+    let empty_network_slots = SLOTS.saturating_sub(u8::try_from(networks.len()).unwrap_or(SLOTS)).min(EMPTY_SLOTS);
     let cgroup = allotment.cgroup().open()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
     let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
@@ -172,7 +175,7 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let image = format!("kernel {} and initramfs {}", config.kernel.display(), config.initramfs.display());
     let spawned_ns = now_ns();
     let (vmm, control) = spawn_monitor(&config.monitor(), log, Some(cgroup.as_fd()))?;
-    let mut machine = Machine {
+    let machine = Machine {
         vcpus,
         memory: Memory { size, file: Some(memory(size)?), private: false },
         kernel: kernel.into(),
@@ -185,12 +188,10 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
             .into_iter()
             .filter_map(|(tag, server)| Some(caisson_vmm_client::Share { tag: tag.into(), server: server? }))
             .collect(),
-        networks: cards.unwrap_or_default(),
-        empty_network_slots: 0,
+        networks,
+        empty_network_slots,
     };
-    machine.empty_network_slots = MAX_CARDS.saturating_sub(machine.networks.len()) as u8;
-    let slots: Vec<([u8; 6], Slot)> =
-        machine.networks.iter().map(|network| network.mac).zip(machine.network_slots()).collect();
+    let slots: CardSlots = macs.into_iter().zip(machine.network_slots()).collect();
     control::configure_and_start(&control, machine)?;
 
     let root = share.open_view()?;
@@ -202,14 +203,12 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         descriptors.push((socket.as_fd(), 5));
     }
     let fsd = spawn_file_server(&config.file_server(), &arguments, &descriptors, log, Some(cgroup.as_fd()))?;
-    let network = match given {
-        Some(network) => network,
+    let joined = match given {
+        Some(joined) => joined,
         // The guest boots while it is made.
         None => new_network(vcpus, policy)?,
     };
-    for (mac, slot) in slots {
-        network.has_card(mac, slot);
-    }
+    let network = PodNetwork::new(joined, slots);
     let task = network.namespace().task_thread().map_err(system("start a thread in the network namespace"))?;
     record(paths, &vmm, &fsd, &task)?;
     for child in [&vmm, &fsd] {
@@ -220,14 +219,16 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     Ok(Launch { machine, share, allotment, has_host_share, network, task })
 }
 
-/// Most cards (protos/src/monitor.rs).
-const MAX_CARDS: usize = 8;
+/// Most network cards of a machine (protos/src/monitor.rs).
+const SLOTS: u8 = 8;
+/// How many may come to a machine that runs, unless it has many already. Each costs the guest's kernel a little at boot.
+const EMPTY_SLOTS: u8 = 4;
 
 /// What a machine can have of the network.
 fn settings(vcpus: u8) -> Settings {
     /// What the other parts of a machine leave of the descriptors that fit into one message (ibidem), which all of the machine's come with.
     const DESCRIPTORS: u16 = 52;
-    Settings { queues: vcpus.into(), cards: MAX_CARDS, descriptors: DESCRIPTORS }
+    Settings { queues: vcpus.into(), cards: SLOTS.into(), descriptors: DESCRIPTORS }
 }
 
 /// Joins the interfaces of a network namespace that others have made.
@@ -237,24 +238,24 @@ fn join(
     spec: &BundleSpec,
     vcpus: u8,
     policy: Policy,
-) -> Result<(Vec<Network>, PodNetwork), LaunchError> {
+) -> Result<(Vec<Network>, Joined), LaunchError> {
     let file = paths.network();
     let identity = namespace.identity().map_err(system("look at the network namespace"))?;
     let record = Record { identity, path: spec.namespaces.network.clone().unwrap_or_default() };
     // First, so that nothing stays if this process is killed.
     record.write(&file).map_err(system(format!("write {}", file.display())))?;
     let (cards, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
-    let of = |mac: [u8; 6]| message.interfaces.iter().find(move |interface| interface.mac == mac);
-    let devices =
-        cards.into_iter().map(|card| (of(card.mac), card)).map(|(of, card)| device(card, &policy, of)).collect();
-    Ok((devices, PodNetwork::new(namespace.clone(), policy, message, watch)))
+    let interface = |mac: [u8; 6]| message.interfaces.iter().find(move |interface| interface.mac == mac);
+    let networks = cards.into_iter().map(|card| (interface(card.mac), card));
+    let networks = networks.map(|(interface, card)| device(card, &policy, interface)).collect();
+    Ok((networks, Joined { namespace: namespace.clone(), message, watch, policy }))
 }
 
 /// A network namespace of the pod's own. Nothing is in it yet.
-fn new_network(vcpus: u8, policy: Policy) -> Result<PodNetwork, LaunchError> {
+fn new_network(vcpus: u8, policy: Policy) -> Result<Joined, LaunchError> {
     let namespace = Namespace::new().map_err(system("make a network namespace"))?;
     let (_, message, watch) = network::join(namespace.clone(), settings(vcpus))?;
-    Ok(PodNetwork::new(namespace, policy, message, watch))
+    Ok(Joined { namespace, message, watch, policy })
 }
 
 /// The machine's part of a card; `interface` is the guest's, with its addresses.

@@ -46,9 +46,9 @@ pub struct Machine {
     pub dialer: Arc<Dialer>,
     /// Calls to the agent.
     pub agent: AgentClient,
+    /// Commands to the monitor.
+    pub control: Control,
     rpc: Client,
-    /// Calls to the monitor; a test's machine has none.
-    monitor: Option<Control>,
 }
 
 impl Machine {
@@ -56,18 +56,10 @@ impl Machine {
     ///
     /// # Errors
     /// If it does not accept.
-    pub async fn connect(dialer: Arc<Dialer>, monitor: Option<Control>) -> Result<Self, DialError> {
+    pub async fn connect(dialer: Arc<Dialer>, control: Control) -> Result<Self, DialError> {
         let (stream, _) = dialer.dial(AGENT_PORT).await?;
         let rpc = Client::new(Socket::new(stream));
-        Ok(Self { dialer, agent: AgentClient::new(rpc.clone()), rpc, monitor })
-    }
-
-    /// Calls the monitor.
-    ///
-    /// # Errors
-    /// If there is none, as in tests.
-    pub fn monitor(&self) -> Result<&Control, CallError> {
-        self.monitor.as_ref().ok_or(CallError::Ended)
+        Ok(Self { dialer, agent: AgentClient::new(rpc.clone()), control, rpc })
     }
 
     /// Calls the agent for an answer that can be large: one of more than `limit` bytes is refused before it is decoded,
@@ -244,7 +236,7 @@ async fn run(launched: Launched, owner: &MachineOwner, limit: Duration, timeline
             let (control, driver, configured, started) = control::attach(control).map_err(system)?;
             let streams = GuestStreams::new(guest_streams).map_err(system)?;
             let mut driver = tokio::spawn(driver.run());
-            let boot = timeout(limit, boot(configured, started, &streams, dialer, control, timeline, log));
+            let boot = timeout(limit, boot(configured, started, &streams, (dialer, control), timeline, log));
             let booted = tokio::select! {
                 biased;
                 booted = boot => booted.unwrap_or_else(|_| Err(BootError::TooLong(limit))),
@@ -364,8 +356,7 @@ async fn boot(
     configured: Answer,
     started: Answer,
     streams: &GuestStreams,
-    dialer: Dialer,
-    control: Control,
+    (dialer, control): (Dialer, Control),
     timeline: &Timeline,
     log: &Logger,
 ) -> Result<Machine, BootError> {
@@ -386,7 +377,7 @@ async fn boot(
     timeline.mark_at(Stage::Kernel, now.saturating_sub(ready.ready_ns.saturating_sub(ready.agent_started_ns)));
     let release: String = ready.kernel_release.chars().take(64).collect();
     debug!(log, "agent ready"; "kernel" => release);
-    Ok(Machine::connect(Arc::new(dialer), Some(control)).await?)
+    Ok(Machine::connect(Arc::new(dialer), control).await?)
 }
 
 /// Bytes of the longest ready message.

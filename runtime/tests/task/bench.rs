@@ -15,7 +15,10 @@ use caisson_protos::guest::HOST_SHARE_DIRECTORY;
 use caisson_runtime::{
     host::paths::PodPaths,
     network::{Namespace, Policy, Settings, join},
-    pod::{Limits, Pod, Provision, Provisions, network::PodNetwork},
+    pod::{
+        Limits, Pod, Provision, Provisions,
+        network::{CardSlots, Joined, PodNetwork},
+    },
     rootfs::share::{Share, enter_mount_namespace},
     shim::{
         events::{Destination, Publisher},
@@ -27,6 +30,7 @@ use caisson_runtime::{
         timeline::{Timeline, now_ns},
     },
 };
+use caisson_vmm_client::Control;
 use containerd_shim_protos::{
     api::{
         CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
@@ -49,6 +53,7 @@ use ttrpc::{
 
 use crate::{
     guest::{self, Guest},
+    monitor::{self, Monitor},
     scratch::Scratch,
 };
 
@@ -91,6 +96,8 @@ pub struct Bench {
     pub machine: MachineHandle,
     /// The pod's network namespace.
     pub network: Namespace,
+    pub monitor: Arc<Monitor>,
+    control: Control,
     owner: Arc<MachineOwner>,
     publisher: Publisher,
     containerd: Arc<Containerd>,
@@ -131,7 +138,7 @@ impl Bench {
 
     async fn boot(&self) {
         let dialer = Arc::new(Dialer::new(self.directory.path()).unwrap());
-        let machine = Machine::connect(dialer, None).await.unwrap();
+        let machine = Machine::connect(dialer, self.control.clone()).await.unwrap();
         self.owner.set(MachineState::Ready(Arc::new(machine)));
     }
 
@@ -163,13 +170,15 @@ impl Bench {
         let timeline = Arc::new(Timeline::new(now_ns()));
         let settings = Settings { queues: 1, cards: 8, descriptors: 8 };
         let (_, message, watch) = join(network.clone(), settings).unwrap();
+        let joined = Joined { namespace: network.clone(), message, watch, policy: Policy::default() };
+        let (monitor, control) = monitor::serve();
         let provision = Provision::Ready(Box::new(Provisions {
             share,
             first: None,
             host,
             allotment: None,
             has_host_share: true,
-            network: PodNetwork::new(network.clone(), Policy::default(), message, watch),
+            network: PodNetwork::new(joined, CardSlots::new()),
         }));
         let pod = Pod::new(handle.clone(), provision, publisher.clone(), LIMITS, timeline, log);
         let socket = format!("unix://{}", directory.path().join("task.sock").display());
@@ -184,6 +193,8 @@ impl Bench {
             pod,
             machine: handle,
             network,
+            monitor,
+            control,
             owner,
             publisher,
             containerd,

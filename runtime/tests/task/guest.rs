@@ -22,9 +22,9 @@ use std::{
 use async_trait::async_trait;
 use caisson_protos::{
     agent::{
-        ConfigureNetworkRequest, ContainerRequest, CreateRequest, CreateResponse, Empty, ExecRequest, KillRequest,
-        PidsResponse, ProcessInfo, ProcessRequest, ResizePtyRequest, StartResponse, StatsResponse, Stdio,
-        UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
+        BindDevicesRequest, ConfigureNetworkRequest, ContainerRequest, CreateRequest, CreateResponse, Empty,
+        ExecRequest, KillRequest, PidsResponse, ProcessInfo, ProcessRequest, ResizePtyRequest, StartResponse,
+        StatsResponse, Stdio, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitResponse,
     },
     agent_ttrpc::{Agent, create_agent},
     guest::{AGENT_PORT, STDIO_PORT},
@@ -225,6 +225,12 @@ impl Agent for Guest {
         self.calls.lock().unwrap().push("ConfigureNetwork".into());
         self.check("ConfigureNetwork")?;
         self.network.send_replace(Some(request));
+        Ok(Empty::new())
+    }
+
+    async fn bind_devices(&self, _: &TtrpcContext, request: BindDevicesRequest) -> ttrpc::Result<Empty> {
+        self.calls.lock().unwrap().push(format!("BindDevices {:?} {:?}", request.bind, request.unbind));
+        self.check("BindDevices")?;
         Ok(Empty::new())
     }
 

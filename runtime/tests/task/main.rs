@@ -6,6 +6,7 @@ mod containers;
 mod guest;
 mod host;
 mod machine;
+mod monitor;
 mod network;
 mod restart;
 #[path = "../support/scratch.rs"]

@@ -8,7 +8,10 @@ use serde_json::json;
 use tokio::time::timeout;
 use ttrpc::Code;
 
-use crate::bench::{Bench, LIMIT, refusal};
+use crate::{
+    bench::{Bench, LIMIT, refusal},
+    monitor::FIRST,
+};
 
 /// Runs `ip` in a network namespace.
 fn ip(namespace: &Namespace, arguments: &str) {
@@ -32,9 +35,27 @@ fn lists(message: &ConfigureNetworkRequest, ip: [u8; 4]) -> bool {
 }
 
 async fn told(bench: &Bench, ip: [u8; 4]) -> ConfigureNetworkRequest {
+    told_that(bench, |message| lists(message, ip)).await
+}
+
+async fn told_that(bench: &Bench, found: impl Fn(&ConfigureNetworkRequest) -> bool) -> ConfigureNetworkRequest {
     let mut told = bench.guest.network.subscribe();
-    let has = told.wait_for(|message| message.as_ref().is_some_and(|message| lists(message, ip)));
+    let has = told.wait_for(|message| message.as_ref().is_some_and(&found));
     timeout(LIMIT, has).await.expect("the guest is told").unwrap().clone().unwrap()
+}
+
+fn names(message: &ConfigureNetworkRequest) -> Vec<&str> {
+    message.interfaces.iter().map(|interface| interface.name.as_str()).collect()
+}
+
+/// Waits until the monitor has these cards.
+async fn has_cards(bench: &Bench, macs: &[[u8; 6]]) {
+    let has = async {
+        while bench.monitor.cards.lock().unwrap().values().map(|card| card.0).collect::<Vec<_>>() != macs {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(LIMIT, has).await.expect("the monitor has the cards");
 }
 
 /// The number of the network namespace of a process or thread; none if there is none.
@@ -141,4 +162,78 @@ async fn a_later_container_names_the_pods_network_namespace_or_is_refused() {
         (Code::INVALID_ARGUMENT, true),
         "{message}"
     );
+}
+
+const LATE: [u8; 6] = [2, 0, 0, 0, 0, 7];
+
+#[tokio::test]
+async fn an_interface_that_comes_later_becomes_a_card_of_the_running_machine_and_goes_again() {
+    let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    ip(&bench.network, "link add late0 address 02:00:00:00:00:07 type bridge");
+    let message = told_that(&bench, |message| names(message).contains(&"late0")).await;
+    assert_eq!(message.interfaces.iter().find(|one| one.name == "late0").unwrap().mac, LATE);
+    has_cards(&bench, &[LATE]).await;
+    let bound = format!("BindDevices [{FIRST}] []");
+    assert_eq!(bench.guest.calls.lock().unwrap()[..3], ["Create one/", &bound, "ConfigureNetwork"]);
+    assert_eq!(bench.monitor.cards.lock().unwrap().values().next().unwrap().1.len(), 1, "the tap's queue");
+
+    ip(&bench.network, "link delete late0");
+    told_that(&bench, |message| !names(message).contains(&"late0")).await;
+    has_cards(&bench, &[]).await;
+    let unbound = format!("BindDevices [] [{FIRST}]");
+    assert_eq!(bench.guest.calls.lock().unwrap().last().unwrap(), &unbound, "when the guest does not use it any more");
+}
+
+#[tokio::test]
+async fn what_a_hook_adds_is_there_before_the_first_container() {
+    let bench = Bench::new().await;
+    let request = bench.request_with("one", &["sleep"], |spec| {
+        let script = "pid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/'); nsenter --net=/proc/$pid/ns/net ip link add late0 type bridge";
+        let environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"];
+        spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": environment }] });
+    });
+    bench.create(&request).await.unwrap();
+    let bound = format!("BindDevices [{FIRST}] []");
+    assert_eq!(*bench.guest.calls.lock().unwrap(), [&bound, "ConfigureNetwork", "Create one/"]);
+}
+
+#[tokio::test]
+async fn a_card_that_the_machine_cannot_have_takes_nothing_from_the_others() {
+    let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    // The played machine has room for two.
+    for (number, name) in ["late0", "late1", "late2"].iter().enumerate() {
+        ip(&bench.network, &format!("link add {name} address 02:00:00:00:00:0{number} type bridge"));
+    }
+    ip(&bench.network, "address add 10.0.0.5/24 dev late0");
+    let message = told(&bench, [10, 0, 0, 5]).await;
+    assert_eq!(names(&message), ["lo", "late0", "late1"]);
+    // It is bound when the guest's kernel says so, and its slot is empty otherwise.
+    ip(&bench.network, "link delete late1");
+    told_that(&bench, |message| names(message) == ["lo", "late0"]).await;
+    has_cards(&bench, &[[2, 0, 0, 0, 0, 0]]).await;
+    bench.guest.refuse.lock().unwrap().insert("BindDevices", Code::INTERNAL);
+    ip(&bench.network, "link add late3 address 02:00:00:00:00:03 type bridge");
+    ip(&bench.network, "address add 10.0.0.6/24 dev late0");
+    told(&bench, [10, 0, 0, 6]).await;
+    has_cards(&bench, &[[2, 0, 0, 0, 0, 0]]).await;
+}
+
+#[tokio::test]
+async fn an_interface_that_takes_the_place_of_another_gets_its_own_card() {
+    let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    ip(&bench.network, "link add late0 address 02:00:00:00:00:07 type bridge");
+    told_that(&bench, |message| names(message).contains(&"late0")).await;
+    bench.guest.calls.lock().unwrap().clear();
+    // One script, so that both may be seen at once.
+    let script = "ip link delete late0; ip link add late1 address 02:00:00:00:00:07 type bridge";
+    let run = || Command::new("sh").args(["-c", script]).status().unwrap();
+    assert!(bench.network.run(run).unwrap().success());
+    told_that(&bench, |message| names(message).contains(&"late1")).await;
+    has_cards(&bench, &[LATE]).await;
+    let calls = bench.guest.calls.lock().unwrap();
+    let place = |call: String| calls.iter().position(|one| *one == call).unwrap();
+    assert!(place(format!("BindDevices [] [{FIRST}]")) < place(format!("BindDevices [{FIRST}] []")), "{calls:?}");
 }
