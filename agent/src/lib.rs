@@ -5,6 +5,7 @@
 //!   vsock 1024 ──► service ──► containers ──► launch ──► a stage, which becomes the program
 //!   vsock 1025 ──► streams ──────┘  │  ▲                       │
 //!                    stdio ◄────────┘  └── reaper ◄────────────┘ exit
+//!   vsock 1026 ──► forward ──► servers on the loopback interface
 //! ```
 //!
 //! | module | holds |
@@ -21,6 +22,7 @@
 //! | [`idmap`], [`rlimits`] | the ids of user namespaces (pure); resource limits |
 //! | [`cgroup`] | cgroup v2 |
 //! | [`network`] | the machine's interfaces, addresses and routes |
+//! | [`forward`] | connections from the host to servers on the loopback interface |
 //!
 //! Everything runs on one thread: state changes between two awaits are atomic, and nothing may block it. What can
 //! block (writing file systems back) goes to a thread of its own.
@@ -29,6 +31,7 @@ mod blocking;
 pub mod boot;
 pub mod cgroup;
 pub mod containers;
+pub mod forward;
 pub mod handshake;
 pub mod idmap;
 pub mod launch;

@@ -18,6 +18,7 @@ use caisson_agent::{
     boot,
     cgroup::Cgroups,
     containers::{Containers, Share},
+    forward,
     launch::Launcher,
     power,
     reaper::Reaper,
@@ -25,7 +26,7 @@ use caisson_agent::{
     streams::Streams,
     transport::{HostOnly, connect_host},
 };
-use caisson_protos::guest::{AGENT_PORT, READY_PORT, Ready, SHARE_MOUNT, STDIO_PORT};
+use caisson_protos::guest::{AGENT_PORT, FORWARD_PORT, READY_PORT, Ready, SHARE_MOUNT, STDIO_PORT};
 use slog::{Level, Logger, error, info, warn};
 use tokio::io::AsyncWriteExt;
 
@@ -67,6 +68,8 @@ fn run(started_ns: u64, log: &Logger) -> anyhow::Result<Infallible> {
     runtime.block_on(async {
         let calls = HostOnly::listen(AGENT_PORT).with_context(|| format!("listen on vsock port {AGENT_PORT}"))?;
         let stdio = HostOnly::listen(STDIO_PORT).with_context(|| format!("listen on vsock port {STDIO_PORT}"))?;
+        let forwards =
+            HostOnly::listen(FORWARD_PORT).with_context(|| format!("listen on vsock port {FORWARD_PORT}"))?;
         let reaper = Reaper::new().context("handle SIGCHLD")?;
         let cgroups = Cgroups::prepare(boot::CGROUP_MOUNT.as_ref())?;
         if let Err(error) = cgroups.keep_for_agent() {
@@ -79,6 +82,7 @@ fn run(started_ns: u64, log: &Logger) -> anyhow::Result<Infallible> {
         let power_log = log.clone();
         let power_off = Box::new(move || end(&power_log));
         let _server = service::serve(calls, stdio, streams, containers.clone(), power_off, log.clone()).await?;
+        tokio::spawn(forward::serve(forwards, log.clone()));
         tokio::spawn(announce(started_ns, log.clone()));
         reaper.run(containers).await;
         anyhow::bail!("no more SIGCHLD from the runtime: children cannot be reaped")

@@ -85,7 +85,8 @@ async fn take_streams(mut listener: impl Accept, streams: Streams, log: Logger) 
     }
 }
 
-async fn accept_failed(log: &Logger, error: &io::Error) {
+/// Says so, and waits a moment.
+pub(crate) async fn accept_failed(log: &Logger, error: &io::Error) {
     error!(log, "cannot accept a connection"; "error" => %error);
     // Out of descriptors, most likely; trying at once would only spin.
     tokio::time::sleep(Duration::from_millis(100)).await;

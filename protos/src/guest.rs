@@ -5,6 +5,7 @@
 //!   │ ◄──── stream to (2, READY_PORT) ───── │  one Ready message, then the agent closes
 //!   │ ───── stream to (3, AGENT_PORT) ────► │  ttrpc, caisson.agent.v1.Agent
 //!   │ ───── stream to (3, STDIO_PORT) ────► │  one stream for each standard descriptor, named by its host-side port
+//!   │ ───── stream to (3, FORWARD_PORT) ──► │  one stream for each forwarded TCP connection (caisson-forward)
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,12 @@ pub const AGENT_PORT: u32 = 1024;
 /// Guest port on which the agent takes streams for standard descriptors. The agent must accept only from the host (CID
 /// 2).
 pub const STDIO_PORT: u32 = 1025;
+/// Guest port on which the agent takes streams for TCP connections to servers on the guest's loopback interface (the crate
+/// caisson-forward has the protocol). The agent must accept only from the host (CID 2).
+pub const FORWARD_PORT: u32 = 1026;
+/// Forwarded connections that a pod can have at once. Each takes two descriptors of the shim and of the agent, one of the monitor's
+/// streams, and at most 64 KiB of buffers on each side.
+pub const MAX_FORWARDS: usize = 256;
 /// Host port to which the agent connects once, when everything above listens, to send [`Ready`].
 pub const READY_PORT: u32 = 1024;
 

@@ -13,6 +13,7 @@
 //! Nothing here waits for a network, and nothing polls: a namespace without interfaces is as good as any, and the kernel reports
 //! what appears later.
 
+pub mod forward;
 #[cfg(test)]
 mod lab;
 mod message;

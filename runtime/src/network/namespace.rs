@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::AsRawFd,
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::Path,
@@ -65,6 +65,12 @@ impl From<File> for Namespace {
     }
 }
 
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl Namespace {
     /// The one that `path` leads to.
     ///
@@ -84,10 +90,7 @@ impl Namespace {
             return Err(NamespaceError::Other);
         }
         let namespace = Self::from(file);
-        let identity = namespace.identity()?;
-        // The shim's is containerd's; of the two the host's may be the other one.
-        let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"].map(std::fs::metadata);
-        if hosts.into_iter().flatten().any(|host| Identity::of(&host) == identity) {
+        if namespace.is_the_hosts()? {
             return Err(NamespaceError::Host);
         }
         Ok(namespace)
@@ -118,6 +121,17 @@ impl Namespace {
     /// The system call's.
     pub fn identity(&self) -> io::Result<Identity> {
         Ok(Identity::of(&self.file.metadata()?))
+    }
+
+    /// Whether it is the host's own.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn is_the_hosts(&self) -> io::Result<bool> {
+        let identity = self.identity()?;
+        // The shim's is containerd's; of the two the host's may be the other one.
+        let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"].map(std::fs::metadata);
+        Ok(hosts.into_iter().flatten().any(|host| Identity::of(&host) == identity))
     }
 
     /// Runs `work` on a thread of its own in the namespace and waits for it. What it opens (sockets, /dev/net/tun) stays there.
