@@ -11,6 +11,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use crate::{
     host::{config::Config, kvm::check_kvm, trial},
+    network::forward,
     vm::images::{open_initramfs, open_kernel},
 };
 
@@ -26,35 +27,61 @@ type Outcome = Result<String, String>;
 pub fn check(out: &mut impl Write) -> io::Result<bool> {
     let config = Config::load();
     let shown = Config::path().display().to_string();
-    let mut all = true;
-    let mut report = |name: &str, outcome: Outcome| {
-        all &= outcome.is_ok();
-        match outcome {
-            Ok(detail) => writeln!(out, "ok      {name}: {detail}"),
-            Err(remedy) => writeln!(out, "FAILED  {name}: {remedy}"),
-        }
-    };
-    report("configuration", config.as_ref().map(|_| shown).map_err(ToString::to_string))?;
+    let mut report = Report { out, all: true };
+    report.needed("configuration", config.as_ref().map(|_| shown).map_err(ToString::to_string))?;
     // The rest is checked against the defaults then, so that one mistake does not hide another.
     let config = config.unwrap_or_default();
-    report(
+    report.needed(
         "kvm",
         check_kvm().map(|()| "/dev/kvm has what the monitor needs".into()).map_err(|error| error.to_string()),
     )?;
-    report(
+    report.needed(
         "kernel",
         open_kernel(&config.kernel).map(|_| shown_path(&config.kernel)).map_err(|error| error.to_string()),
     )?;
     let initramfs = open_initramfs(&config.initramfs);
-    report("initramfs", initramfs.map(|_| shown_path(&config.initramfs)).map_err(|error| error.to_string()))?;
-    report("monitor", executable(&config.monitor()))?;
-    report("file server", executable(&config.file_server()))?;
-    report("containerd", containerd())?;
-    report("cgroup", cgroup2())?;
+    report.needed("initramfs", initramfs.map(|_| shown_path(&config.initramfs)).map_err(|error| error.to_string()))?;
+    report.needed("monitor", executable(&config.monitor()))?;
+    report.needed("file server", executable(&config.file_server()))?;
+    report.needed("containerd", containerd())?;
+    report.needed("cgroup", cgroup2())?;
+    let forwarding = forward::check().map(|()| "connections to a pod's loopback can be redirected".to_owned());
+    report.optional("port forwarding", forwarding.map_err(|error| error.to_string()))?;
     // What only a running machine shows: /dev/kvm may have all that is needed and still run no guest, as in many virtual machines.
     let booted = trial::boot(&config);
-    report("boot", booted.map(|took| format!("a machine's agent answered {} ms after its start", took.as_millis())))?;
-    Ok(all)
+    report.needed(
+        "boot",
+        booted.map(|took| format!("a machine's agent answered {} ms after its start", took.as_millis())),
+    )?;
+    Ok(report.all)
+}
+
+/// Where the lines go.
+struct Report<'a, W> {
+    out: &'a mut W,
+    /// Nothing that is needed is missing.
+    all: bool,
+}
+
+impl<W: Write> Report<'_, W> {
+    /// A check that must pass.
+    fn needed(&mut self, name: &str, outcome: Outcome) -> io::Result<()> {
+        self.all &= outcome.is_ok();
+        self.line(name, outcome, "FAILED")
+    }
+
+    /// A check of what pods can do without.
+    fn optional(&mut self, name: &str, outcome: Outcome) -> io::Result<()> {
+        self.line(name, outcome, "MISSING")
+    }
+
+    fn line(&mut self, name: &str, outcome: Outcome, otherwise: &str) -> io::Result<()> {
+        let (word, text) = match outcome {
+            Ok(detail) => ("ok", detail),
+            Err(remedy) => (otherwise, remedy),
+        };
+        writeln!(self.out, "{word:<7} {name}: {text}")
+    }
 }
 
 fn shown_path(path: &Path) -> String {

@@ -27,7 +27,7 @@ use ttrpc::context::Context;
 
 use crate::{
     host::namespaces::{HostView, on_own_thread},
-    network::TaskThread,
+    network::{TaskThread, forward},
     pod::{
         lifecycle::{Exit, Status},
         network::PodNetwork,
@@ -185,6 +185,10 @@ impl Pod {
             ended: watch::Sender::new(false),
         });
         tokio::spawn(Arc::clone(&pod).watch_machine());
+        if let Some(network) = &pod.network {
+            // While the machine boots.
+            tokio::spawn(forward::run(network.namespace().clone(), pod.machine.clone(), pod.log.clone()));
+        }
         pod
     }
 

@@ -83,6 +83,15 @@ pub async fn run(namespace: Namespace, machine: MachineHandle, log: Logger) {
     }
 }
 
+/// Whether this host can forward ports, found out in a network namespace that goes at once.
+///
+/// # Errors
+/// Why it cannot.
+pub fn check() -> Result<(), ListenError> {
+    let namespace = Namespace::new().map_err(ListenError::Namespace)?;
+    Listener::open(&namespace).map(drop)
+}
+
 /// Serves the clients. When it is dropped, their connections are reset.
 ///
 /// # Errors

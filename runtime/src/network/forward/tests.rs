@@ -30,7 +30,7 @@ const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
 fn open(space: &Space) -> Listener {
-    Listener::open(&space.file().into()).unwrap()
+    Listener::open(&space.namespace()).unwrap()
 }
 
 /// Connects from within the namespace.
@@ -155,7 +155,7 @@ impl Pod {
         socket.set_nonblocking(true).unwrap();
         let (sender, receiver) = mpsc::unbounded_channel();
         tokio::spawn(monitor(tokio::net::UnixListener::from_std(socket).unwrap(), sender));
-        let namespace = super::Namespace::from(guest.file());
+        let namespace = guest.namespace();
         thread::spawn(move || {
             let serve = || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -12,6 +12,7 @@ mod lifecycle;
 mod many;
 mod matrix;
 mod network;
+mod port_forward;
 mod refusals;
 mod resources;
 mod spec;

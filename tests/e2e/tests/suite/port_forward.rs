@@ -82,10 +82,13 @@ fn start<'a>(host: &'a Host, netns: &Netns) -> Pod<'a> {
 
 /// Starts a server in the pod and waits until it listens at the port.
 fn serve(pod: &Pod, port: u16, program: &str) -> Running {
-    let script = format!("{program} & while ! netstat -ltn | grep -q ':{port} '; do sleep 0.1; done; echo listening; wait");
+    let script =
+        format!("{program} & while ! netstat -ltn | grep -q ':{port} '; do sleep 0.1; done; echo listening; wait");
     let mut running = pod.exec_start(&format!("serve-{port}"), &["sh", "-c", &script]);
     running.close_stdin();
-    running.stdout.wait_for(&format!("a server at port {port}"), STEP, |text| text.contains("listening\n").then_some(()));
+    running
+        .stdout
+        .wait_for(&format!("a server at port {port}"), STEP, |text| text.contains("listening\n").then_some(()));
     running
 }
 
