@@ -11,7 +11,7 @@ use std::{
 };
 
 use caisson_e2e::{
-    Host, Pod, Runtime, Setup,
+    Finished, Host, Pod, Runtime, Setup,
     host::Image,
     network::Netns,
     process::{self, Running},
@@ -92,16 +92,16 @@ fn serve(pod: &Pod, port: u16, program: &str) -> Running {
     running
 }
 
-fn bytes(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    std::iter::repeat_with(|| {
+/// What the probe's end number `seed` of a connection sends.
+fn bytes(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let words = std::iter::repeat_with(|| {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        state as u8
-    })
-    .take(length)
-    .collect()
+        state.to_le_bytes()
+    });
+    words.flatten().take(length).collect()
 }
 
 fn both_ways(host: &Host) {
@@ -109,7 +109,7 @@ fn both_ways(host: &Host) {
     let pod = start(host, &netns);
     // Each connection has a cat of its own, which ends when its client has finished.
     let _echo = serve(&pod, 7000, "nc -ll -p 7000 -e cat");
-    let sent = bytes(sizes::size(3 << 20, 256 << 20));
+    let sent = bytes(sizes::size(1 << 20, 256 << 20), 1);
     for address in [V4, V6] {
         let got = inside(netns.path(), || {
             let mut reading = dial(address, 7000).expect("somebody accepts");
@@ -125,18 +125,17 @@ fn both_ways(host: &Host) {
         });
         assert_eq!(Sha256::digest(got.expect("all comes back")), Sha256::digest(&sent), "{address}");
     }
-    // Who finishes first is heard still.
-    let _first = serve(&pod, 7001, "nc -ll -p 7001 -e sh -c 'echo banner; exec >&-; cat > /heard'");
+    // A server that finishes first still hears its client.
+    let server = serve(&pod, 7001, "probe net serve 7001 100000");
     inside(netns.path(), || {
         let mut server = dial(V4, 7001).expect("somebody accepts");
-        let mut banner = String::new();
-        server.read_to_string(&mut banner).expect("the server's end");
-        assert_eq!(banner, "banner\n");
-        server.write_all(b"what it is told").expect("it is taken");
+        let mut said = Vec::new();
+        server.read_to_end(&mut said).expect("the server's end");
+        assert!(said == bytes(100_000, 2));
+        server.write_all(&bytes(100_000, 1)).expect("it is taken");
     });
-    until("the server to have heard it", STEP, || {
-        (pod.exec("heard", &["cat", "/heard"]).out() == "what it is told").then_some(())
-    });
+    let words = Finished::of(server, STEP).succeeded();
+    assert!(words.ends_with("exchanged 100000 with 127.0.0.1\n"), "{words}");
     pod.end();
     // No server, no listener of the shim's.
     inside(netns.path(), || {
@@ -187,10 +186,10 @@ fn many_at_once(host: &Host) {
     let netns = Netns::new(host, "pod");
     let pod = start(host, &netns);
     let _echo = serve(&pod, 7000, "nc -ll -p 7000 -e cat");
-    let sent = bytes(100_000);
+    let sent = bytes(sizes::size(20_000, 100_000), 1);
     inside(netns.path(), || {
         // All are open before the first is used.
-        let clients: Vec<_> = (0..sizes::size(25, 100)).map(|_| dial(V4, 7000).expect("somebody accepts")).collect();
+        let clients: Vec<_> = (0..sizes::size(20, 100)).map(|_| dial(V4, 7000).expect("somebody accepts")).collect();
         thread::scope(|scope| {
             let asking: Vec<_> = clients.into_iter().map(|client| scope.spawn(|| ask(client, &sent))).collect();
             for one in asking {
