@@ -339,8 +339,9 @@ mod tests {
     #[test]
     fn who_claims_a_refused_stream_learns_it_at_once() {
         let mut book: Book<u32, ()> = Book::default();
-        let full = |book: &mut Book<u32, ()>| (0..MAX_PARKED as u32).for_each(|port| drop(book.arrive(port + 1, port)));
-        full(&mut book);
+        for port in 1..=MAX_PARKED as u32 {
+            assert_eq!(book.arrive(port, port), Arrival::Parked);
+        }
         for port in 5000..5001 + MAX_PARKED as u32 {
             assert_eq!(book.arrive(port, 0), Arrival::Refused(0));
         }

@@ -24,10 +24,7 @@
 //!                                                           ends      takes the terminal, enters the program
 //! ```
 
-use std::{
-    fs,
-    os::fd::OwnedFd,
-};
+use std::{fs, os::fd::OwnedFd};
 
 use nix::{
     errno::Errno,
