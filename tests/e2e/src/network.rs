@@ -220,8 +220,8 @@ pub fn view(text: &str) -> Vec<String> {
         if let Some((_, mtu)) = line.split_once(" mtu ") {
             lines.push(format!("mtu {}", mtu.split(' ').next().unwrap_or_default()));
         }
-        // The kernel may still look for duplicates on the host's side.
-        let plain = line.replace(" tentative", "");
+        // The host's kernel may still look for duplicates, the guest's does not (IFA_F_NODAD, 02).
+        let plain = line.replace(" tentative", "").replace(" flags 02", "");
         if ["link/ether", "inet", "route "].iter().any(|kind| plain.starts_with(kind)) && !plain.contains("ff00::") {
             lines.push(plain.split_whitespace().collect::<Vec<_>>().join(" "));
         }
