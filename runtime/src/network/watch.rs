@@ -29,11 +29,13 @@ pub struct Watch {
     network: Arc<Mutex<Network>>,
     subscription: Option<Subscription>,
     events: Option<AsyncFd<Subscription>>,
+    /// Something has changed since the namespace was last read.
+    stale: bool,
 }
 
 impl Watch {
     pub(super) fn new(network: Network, subscription: Subscription) -> Self {
-        Self { network: Arc::new(Mutex::new(network)), subscription: Some(subscription), events: None }
+        Self { network: Arc::new(Mutex::new(network)), subscription: Some(subscription), events: None, stale: false }
     }
 
     /// What differs from what was last reported, if anything has changed; does not wait for a change.
@@ -43,16 +45,21 @@ impl Watch {
     pub async fn now(&mut self) -> Result<Option<Change>, NetworkError> {
         let socket = self.subscription.as_ref().or_else(|| self.events.as_ref().map(AsyncFd::get_ref));
         let drained = socket.map_or(Ok(false), |socket| socket.drain(is_relevant));
-        if drained.map_err(system("watch it"))? {
-            self.refresh().await?;
-        }
+        self.stale |= drained.map_err(system("watch it"))?;
+        self.refresh().await?;
         Ok(lock(&self.network).take())
     }
 
-    async fn refresh(&self) -> Result<(), NetworkError> {
+    /// Reads the namespace, if something has changed. If it is dropped before its end the next one does it again.
+    async fn refresh(&mut self) -> Result<(), NetworkError> {
+        if !self.stale {
+            return Ok(());
+        }
         let network = Arc::clone(&self.network);
         let work = move || lock(&network).refresh();
-        on_own_thread("network", work).await.map_err(system("read it"))?
+        let refreshed = on_own_thread("network", work).await;
+        self.stale = false;
+        refreshed.map_err(system("read it"))?
     }
 
     /// Waits until something differs from what was last reported. Needs a tokio runtime. If it is dropped before, nothing is lost.
@@ -66,19 +73,18 @@ impl Watch {
             let events = unsafe { AsyncFd::register_with_interest(subscription, Interest::READABLE) };
             self.events = Some(events.map_err(|error| system("watch it")(io::Error::from(error)))?);
         }
-        // It could not be watched, and this was said.
-        let Some(events) = &self.events else { return std::future::pending().await };
         loop {
             // Of a call that was dropped.
+            self.refresh().await?;
             if let Some(change) = lock(&self.network).take() {
                 return Ok(change);
             }
+            // It could not be watched, and this was said.
+            let Some(events) = &self.events else { return std::future::pending().await };
             let mut ready = events.readable().await.map_err(system("watch it"))?;
             let relevant = events.get_ref().drain(is_relevant).map_err(system("watch it"))?;
             ready.clear_ready();
-            if relevant {
-                self.refresh().await?;
-            }
+            self.stale |= relevant;
         }
     }
 }

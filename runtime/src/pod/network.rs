@@ -13,7 +13,11 @@ use caisson_protos::{
 };
 use caisson_vmm_client::{CallError, Network};
 use slog::error;
-use tokio::{sync::Mutex, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::{Mutex, mpsc, oneshot},
+    task::JoinHandle,
+    time::timeout,
+};
 
 use super::{Pod, no_deadline};
 use crate::{
@@ -48,8 +52,15 @@ pub struct PodNetwork {
 
 #[derive(Debug)]
 enum State {
-    Joined { message: ConfigureNetworkRequest, follower: Box<Follower> },
-    Followed(JoinHandle<()>),
+    Joined {
+        message: ConfigureNetworkRequest,
+        follower: Box<Follower>,
+    },
+    Followed {
+        task: JoinHandle<()>,
+        /// For whoever waits until the guest knows what has changed up to now.
+        waiting: mpsc::Sender<oneshot::Sender<()>>,
+    },
     Ended,
 }
 
@@ -97,27 +108,53 @@ impl Pod {
             Err(error) => return Err(TaskError::failed_precondition(error.to_string())),
         }
         if let State::Joined { follower, .. } = std::mem::replace(&mut *state, State::Ended) {
-            let followed = Arc::clone(self).follow_network(*follower, Arc::clone(machine));
-            *state = State::Followed(tokio::spawn(followed));
+            let (waiting, asked) = mpsc::channel(1);
+            let followed = Arc::clone(self).follow_network(*follower, Arc::clone(machine), asked);
+            *state = State::Followed { task: tokio::spawn(followed), waiting };
         }
         Ok(())
     }
 
+    /// Waits until the guest knows what has changed up to now: what was done to the namespace between Create and Start is there
+    /// when the program begins, as with `ctr run --cni`.
+    pub(super) async fn settle_network(&self) {
+        let Some(network) = &self.network else { return };
+        let waiting = match &*network.state.lock().await {
+            State::Followed { waiting, .. } => waiting.clone(),
+            State::Joined { .. } | State::Ended => return,
+        };
+        let (ask, answer) = oneshot::channel();
+        // If the machine ends nobody answers; what failed was logged.
+        if waiting.send(ask).await.is_ok() && timeout(self.limits.call, answer).await.is_err() {
+            error!(self.log, "the guest does not take the changes of its network"; "limit" => ?self.limits.call);
+        }
+    }
+
     /// Tells the guest what changes, until the machine ends. Then the namespace is as it was.
-    async fn follow_network(self: Arc<Self>, mut follower: Follower, machine: Arc<Machine>) {
+    async fn follow_network(
+        self: Arc<Self>,
+        mut follower: Follower,
+        machine: Arc<Machine>,
+        mut asked: mpsc::Receiver<oneshot::Sender<()>>,
+    ) {
         loop {
-            let change = tokio::select! {
+            let (change, ask) = tokio::select! {
                 biased;
                 _ = self.machine.lost() => break,
-                change = follower.watch.changed() => change,
+                Some(ask) = asked.recv() => (follower.watch.now().await, Some(ask)),
+                change = follower.watch.changed() => (change.map(Some), None),
             };
             let done = match change {
-                Ok(change) => {
+                Ok(Some(change)) => {
                     let changed = self.change_network(&machine, &mut follower, change).await;
                     changed.map_err(|error| error.to_string())
                 }
+                Ok(None) => Ok(()),
                 Err(error) => Err(error.to_string()),
             };
+            if let Some(ask) = ask {
+                let _ = ask.send(());
+            }
             if let Err(error) = done
                 && !self.machine.is_lost()
             {
@@ -226,7 +263,7 @@ impl Pod {
         let Some(network) = &self.network else { return };
         match std::mem::replace(&mut *network.state.lock().await, State::Ended) {
             State::Joined { follower, .. } => self.end_watch(follower.watch).await,
-            State::Followed(followed) => drop(followed.await),
+            State::Followed { task, .. } => drop(task.await),
             State::Ended => {}
         }
     }

@@ -98,6 +98,9 @@ impl Pod {
         };
         let started = match self.machine.get() {
             Ok(machine) => {
+                if name.exec.is_empty() {
+                    self.settle_network().await;
+                }
                 let request = process_request(&name);
                 let call = machine.agent.start(no_deadline(), &request);
                 self.agent_call_within("Start", limit, call).await.map(|_| machine)

@@ -237,3 +237,14 @@ async fn an_interface_that_takes_the_place_of_another_gets_its_own_card() {
     let place = |call: String| calls.iter().position(|one| *one == call).unwrap();
     assert!(place(format!("BindDevices [] [{FIRST}]")) < place(format!("BindDevices [{FIRST}] []")), "{calls:?}");
 }
+
+#[tokio::test]
+async fn what_is_done_between_create_and_start_is_there_when_the_program_begins() {
+    let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    ip(&bench.network, "link add late0 address 02:00:00:00:00:07 type bridge");
+    ip(&bench.network, "address add 10.0.0.7/24 dev late0");
+    bench.start("one", "").await.unwrap();
+    assert_eq!(bench.guest.calls.lock().unwrap().last().unwrap(), "Start one/");
+    assert!(lists(bench.guest.network.borrow().as_ref().unwrap(), [10, 0, 0, 7]));
+}

@@ -89,6 +89,20 @@ pub fn range(host: &Host, net: u8) -> Value {
     })
 }
 
+/// The command with `configuration` (a list) in the place where programs look for it, and the plugins in the place where they look for those;
+/// for this command alone, in a mount namespace of its own.
+pub fn with_plugins(host: &Host, configuration: &Value, command: &Command) -> Command {
+    let file = host.directory().join("10-test.conflist");
+    fs::write(&file, configuration.to_string()).expect("the test's directory takes files");
+    let script =
+        "set -e; file=$1; shift; mkdir -p /etc/cni/net.d; mount -t tmpfs cni /etc/cni/net.d; cp $file /etc/cni/net.d
+        mount -t tmpfs cni /opt; mkdir /opt/cni; ln -s /usr/lib/cni /opt/cni/bin; exec \"$@\"";
+    let mut wrapped = Command::new("unshare");
+    wrapped.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"]).arg(file);
+    wrapped.arg(command.get_program()).args(command.get_args());
+    wrapped
+}
+
 /// One interface, as the plugins have made it.
 struct Attached {
     interface: String,

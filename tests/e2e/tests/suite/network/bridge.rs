@@ -7,9 +7,11 @@ use caisson_e2e::{
     network::{self, Netns, ips, output},
 };
 
+use serde_json::json;
+
 use super::*;
 
-caisson_e2e::for_each_runtime!(two_pods in setup(), none in setup(), the_tasks_pid in setup());
+caisson_e2e::for_each_runtime!(two_pods in setup(), none in setup(), the_tasks_pid in setup(), attached_after_create in setup());
 
 /// A pod in a network namespace that is there already, as CRI has it.
 fn start<'a>(host: &'a Host, name: &str, netns: &Netns) -> Pod<'a> {
@@ -59,6 +61,20 @@ fn the_tasks_pid(host: &Host) {
     assert!(seen.starts_with("lo ") && seen.contains("UP") && seen.lines().count() == 1, "{seen}");
     assert_eq!(pod.end().code, Some(137));
     assert_eq!(inode(&path), None, "the pid has gone with the task");
+}
+
+/// `ctr run --cni` lets the plugins work between Create and Start: the program finds its network.
+fn attached_after_create(host: &Host) {
+    let list = json!({ "cniVersion": "0.4.0", "name": "net1", "plugins": [network::bridge(host, 1)] });
+    let script = "ip addr show dev eth0 && ip route && ping -c 1 10.88.1.1 && probe net connect 10.88.1.1:7000 100000";
+    let container = host.container("late").flag("--cni");
+    let server = listening(probe(&["serve", "7000", "100000"]));
+    let mut running =
+        Running::start(&mut network::with_plugins(host, &list, &container.command(&["sh", "-c", script])));
+    running.close_stdin();
+    let seen = finished(running);
+    assert!(seen.contains("inet 10.88.1.2/24") && seen.contains("default via 10.88.1.1 dev eth0"), "{seen}");
+    assert!(finished(server).ends_with("exchanged 100000 with 10.88.1.2\n"), "{seen}");
 }
 
 fn none(host: &Host) {
