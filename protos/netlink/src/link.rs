@@ -4,7 +4,7 @@ use crate::{
     message::{Message, attributes, text, u16_at, u32_at},
     uapi::{
         IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_IFNAME, IFLA_INET6_ADDR_GEN_MODE, IFLA_INFO_KIND, IFLA_LINK,
-        IFLA_LINK_NETNSID, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NUM_TX_QUEUES, IFLA_PARENT_DEV_NAME,
+        IFLA_LINK_NETNSID, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NUM_TX_QUEUES, IFLA_PARENT_DEV_NAME, IFLA_TXQLEN,
         IN6_ADDR_GEN_MODE_NONE,
     },
 };
@@ -39,6 +39,8 @@ pub struct Link {
     pub device: Option<String>,
     /// How many transmit queues it has.
     pub tx_queues: u32,
+    /// How many packets may wait to be sent; 0 for devices that let none wait.
+    pub queue_length: u32,
 }
 
 impl Link {
@@ -63,6 +65,7 @@ impl Link {
                     link.kind = info.map(|(_, kind)| text(kind));
                 }
                 IFLA_NUM_TX_QUEUES => link.tx_queues = u32_at(value, 0)?,
+                IFLA_TXQLEN => link.queue_length = u32_at(value, 0)?,
                 IFLA_PARENT_DEV_NAME => link.device = Some(text(value)),
                 _ => {}
             }
@@ -131,6 +134,14 @@ pub fn rename(index: u32, name: &str) -> Message {
 pub fn set_mtu(index: u32, mtu: u32) -> Message {
     let mut message = change(index, 0, 0);
     message.u32(IFLA_MTU, mtu);
+    message
+}
+
+/// Sets how many packets may wait to be sent.
+#[must_use]
+pub fn set_queue_length(index: u32, packets: u32) -> Message {
+    let mut message = change(index, 0, 0);
+    message.u32(IFLA_TXQLEN, packets);
     message
 }
 

@@ -107,6 +107,8 @@ pub struct Interface {
     pub mac: [u8; 6],
     /// Its largest packet.
     pub mtu: u32,
+    /// How many packets may wait to be sent.
+    pub queue_length: u32,
 }
 
 /// What the guest gets.
@@ -194,7 +196,7 @@ fn interface(link: &Link, state: &State) -> Result<Option<Interface>, Refusal> {
     }
     let mac = <[u8; 6]>::try_from(link.mac.as_slice()).ok().filter(|_| link.hardware == ETHERNET);
     let mac = mac.ok_or_else(|| Refusal::Hardware { name: name.clone(), hardware: link.hardware })?;
-    Ok(Some(Interface { index: link.index, name, mac, mtu: link.mtu }))
+    Ok(Some(Interface { index: link.index, name, mac, mtu: link.mtu, queue_length: link.queue_length }))
 }
 
 fn check_rules(state: &State) -> Result<(), Refusal> {

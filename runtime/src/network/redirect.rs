@@ -27,6 +27,10 @@ impl Redirect {
         let up = link::set_flags(tap, libc::IFF_UP, libc::IFF_UP);
         socket.request(&up).map_err(system(format!("set the tap of {name} up")))?;
         let made_clsact = clsact(socket, interface.index).map_err(system(format!("prepare {name} for a redirect")))?;
+        if interface.queue_length == 0 {
+            // With a place for filters Linux has set it to 1000 (qdisc_create): a virtual device lets no packet wait.
+            let _ = socket.request(&link::set_queue_length(interface.index, 0));
+        }
         let redirect = redirect(socket, interface.index, tap);
         let joined = Self { made_clsact };
         match redirect {
