@@ -424,3 +424,13 @@ proptest! {
         prop_assert_eq!(taken, rule.is_default());
     }
 }
+
+#[test]
+fn a_queue_length_of_zero_stays() {
+    let (_host, pod) = pod();
+    pod.ip("link set eth0 txqueuelen 0");
+    let _joined = join_space(&pod).unwrap();
+    assert_eq!(pod.traffic("eth0"), (true, 1));
+    // Absent: there is no queue.
+    assert!(pod.show("ip", "link show dev eth0")[0]["txqlen"].as_u64().unwrap_or(0) == 0);
+}

@@ -126,7 +126,8 @@ fn both_ways(host: &Host) {
         assert_eq!(Sha256::digest(got.expect("all comes back")), Sha256::digest(&sent), "{address}");
     }
     // A server that finishes first still hears its client.
-    let server = serve(&pod, 7001, "probe net serve 7001 100000");
+    let mut server = pod.exec_start("serve-7001", &["probe", "net", "serve", "7001", "100000"]);
+    server.stdout.wait_for("a server at port 7001", STEP, |text| text.contains("listening\n").then_some(()));
     inside(netns.path(), || {
         let mut server = dial(V4, 7001).expect("somebody accepts");
         let mut said = Vec::new();
@@ -188,16 +189,25 @@ fn many_at_once(host: &Host) {
     let _echo = serve(&pod, 7000, "nc -ll -p 7000 -e cat");
     let sent = bytes(sizes::size(20_000, 100_000), 1);
     inside(netns.path(), || {
-        // All are open before the first is used.
-        let clients: Vec<_> = (0..sizes::size(20, 100)).map(|_| dial(V4, 7000).expect("somebody accepts")).collect();
+        // All are open before the first is used; one after the other, because nc lets two wait and closes others.
+        let clients: Vec<_> = (0..sizes::size(20, 100)).map(|_| served(7000)).collect();
         thread::scope(|scope| {
             let asking: Vec<_> = clients.into_iter().map(|client| scope.spawn(|| ask(client, &sent))).collect();
-            for one in asking {
-                assert!(one.join().expect("it ends").expect("all comes back") == sent);
+            for (number, one) in asking.into_iter().enumerate() {
+                let got = one.join().expect("it ends").expect("all comes back");
+                assert!(got == sent, "connection {number}: {} bytes of {} came back, or others", got.len(), sent.len());
             }
         });
     });
     pod.end();
+}
+
+/// A client that a cat has answered.
+fn served(port: u16) -> TcpStream {
+    let mut client = dial(V4, port).expect("somebody accepts");
+    client.write_all(b"x").expect("it is taken");
+    client.read_exact(&mut [0]).expect("it comes back");
+    client
 }
 
 fn nobody_else(host: &Host) {
@@ -240,6 +250,8 @@ fn nothing_stays_of_a_killed_shim(host: &Host) {
     let [shim] = &shims[..] else { panic!("one shim, not {shims:?}") };
     process::signal(shim.pid, Signal::KILL);
     assert_eq!(client.read(&mut [0]).expect_err("a reset, and not an end").kind(), ErrorKind::ConnectionReset);
+    // It closes one descriptor after the other.
+    until("the shim's end", STEP, || host.running("containerd-shim-caisson-v2").is_empty().then_some(()));
     inside(netns.path(), || {
         assert_refused(dial(V4, 7000));
         assert_refused(dial(V6, 7000));
