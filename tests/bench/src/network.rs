@@ -99,6 +99,8 @@ pub fn all(runs: u32, only_runc: bool) -> Result<Report> {
 struct Moved {
     times: Vec<Pair>,
     kvm: Vec<Kvm>,
+    /// Mean bytes of the packets that crossed the pair of interfaces, as large as the host's kernel passed them on.
+    sizes: Vec<(Runtime, f64)>,
     /// The middle and the slowest hundredth.
     answers: [Pair; 2],
     answers_kvm: Kvm,
@@ -145,11 +147,15 @@ fn moves(host: &Host, netns: &Netns, address: SocketAddr, moved: &mut Moved) -> 
     for ((name, _, task, size, count), times) in MOVES.into_iter().zip(&mut moved.times) {
         // A connection's window opens, and neighbours are found, before anything counts.
         client.run(task, size, count / 16, || ()).with_context(|| format!("{name}, before it counts"))?;
+        let crossed = crossed(name)?;
         let (before, mut clock) = (Kvm::now()?, Vec::with_capacity(2));
         client.run(task, size, count, || clock.push(Instant::now())).with_context(|| name.to_owned())?;
         if host.runtime == Runtime::Caisson {
             moved.kvm.push(Kvm::now()?.since(before));
         }
+        let [bytes, packets] = self::crossed(name)?.map(|count| count as f64);
+        let [bytes_before, packets_before] = crossed.map(|count| count as f64);
+        moved.sizes.push((host.runtime, (bytes - bytes_before) / (packets - packets_before)));
         times.push(host.runtime, spans(&clock).into_iter().sum());
     }
     let (before, mut clock) = (Kvm::now()?, Vec::with_capacity(ANSWERS as usize + 1));
@@ -187,6 +193,11 @@ impl Moved {
                 _ => kvm.report(report, name, count, "packet"),
             }
         }
+        for (index, (runtime, size)) in self.sizes.iter().enumerate() {
+            let (name, ..) = MOVES[index % MOVES.len()];
+            let runtime = if *runtime == Runtime::Caisson { "caisson" } else { "runc" };
+            report.add(&format!("{name}_packet_{runtime}_bytes"), &[*size], "bytes");
+        }
         for (part, times) in ["p50", "p99"].into_iter().zip(&self.answers) {
             times.report(report, &format!("round_trip_{part}"), "ratio");
         }
@@ -221,6 +232,16 @@ fn starts(report: &mut Report, host: &mut Host, netns: &Netns, runtimes: &[Runti
     with.report(report, "start_with_network", "ratio");
     with.minus(without).report(report, "network_adds_to_start", "ratio");
     Ok(())
+}
+
+/// Bytes and packets so far, in the direction of a move, of the host's end of the pair of interfaces.
+fn crossed(name: &str) -> Result<[u64; 2]> {
+    let links = network::ip("-s -j link show type veth");
+    let links: serde_json::Value = serde_json::from_str(&links).with_context(|| format!("read {links:?}"))?;
+    let direction = if name.ends_with("to_pod") { "tx" } else { "rx" };
+    let count =
+        |what: &str| links[0]["stats64"][direction][what].as_u64().with_context(|| format!("no {what} in {links}"));
+    Ok([count("bytes")?, count("packets")?])
 }
 
 fn spans(clock: &[Instant]) -> Vec<Duration> {
