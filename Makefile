@@ -54,7 +54,7 @@ lint: tools ## Check format, lints and documentation; warnings are errors
 	for script in $$(git grep -lE '^#!/bin/(ba)?sh' -- . ':!*.rs'); do bash -n "$$script"; done
 
 .PHONY: bench
-bench: deps build image oci host ## Measure in exact virtual time: target/bench/report.json and report.svg; PARTS="alone crowd storage" for some of it
+bench: deps build image oci host ## Measure in exact virtual time: target/bench/report.json and report.svg; PARTS="alone crowd storage network" for some of it
 	cargo build --locked --release --target $(MUSL) -p caisson-e2e-probe
 	@tests/bench/run $(PARTS)
 

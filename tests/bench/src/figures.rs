@@ -14,7 +14,7 @@ pub struct Figure {
     pub min: f64,
     /// The largest.
     pub max: f64,
-    /// ms, MiB, or x for a ratio.
+    /// ms, MiB, MiB/s, packets/s, M for millions, x for a ratio, or nothing for a plain number.
     pub unit: String,
     /// How often it was measured.
     pub runs: usize,
@@ -56,10 +56,10 @@ impl Report {
     /// For the terminal.
     pub fn table(&self) -> String {
         let mut text =
-            format!("{:<36} {:>10} {:>10} {:>10}  {:<4} {:>4}\n", "figure", "median", "min", "max", "unit", "runs");
+            format!("{:<44} {:>10} {:>10} {:>10}  {:<9} {:>4}\n", "figure", "median", "min", "max", "unit", "runs");
         for (name, Figure { median, min, max, unit, runs }) in &self.0 {
             // Writing to a String cannot fail.
-            let _ = writeln!(text, "{name:<36} {median:>10.3} {min:>10.3} {max:>10.3}  {unit:<4} {runs:>4}");
+            let _ = writeln!(text, "{name:<44} {median:>10.3} {min:>10.3} {max:>10.3}  {unit:<9} {runs:>4}");
         }
         text
     }
@@ -82,6 +82,22 @@ impl Pair {
         times.push(time.as_secs_f64() * 1000.0);
     }
 
+    /// What this took beyond what `other` took, run by run.
+    pub fn minus(&self, other: &Self) -> Self {
+        let less = |these: &[f64], those: &[f64]| these.iter().zip(those).map(|(this, that)| this - that).collect();
+        Self { caisson: less(&self.caisson, &other.caisson), runc: less(&self.runc, &other.runc) }
+    }
+
+    /// Adds three figures of what `of` makes of each time: `<name>_caisson`, `<name>_runc` and, of each two, `<name>_ratio`.
+    pub fn report_as(&self, report: &mut Report, name: &str, unit: &str, of: impl Fn(f64) -> f64) {
+        let [caisson, runc] =
+            [&self.caisson, &self.runc].map(|times| times.iter().map(|ms| of(*ms)).collect::<Vec<_>>());
+        report.add(&format!("{name}_caisson"), &caisson, unit);
+        report.add(&format!("{name}_runc"), &runc, unit);
+        let ratios: Vec<f64> = caisson.iter().zip(&runc).map(|(caisson, runc)| caisson / runc).collect();
+        report.add(&format!("{name}_ratio"), &ratios, "x");
+    }
+
     /// Adds three figures: `<name>_caisson_ms`, `<name>_runc_ms` and, of each two, `<name>_<ratio>`.
     pub fn report(&self, report: &mut Report, name: &str, ratio: &str) {
         report.add(&format!("{name}_caisson_ms"), &self.caisson, "ms");
@@ -101,6 +117,20 @@ mod tests {
         assert_eq!((figure.median, figure.min, figure.max, figure.runs), (2.0, 1.0, 9.0, 3));
         assert_eq!(Figure::of(&[4.0, 1.0, 2.0, 3.0], "ms").unwrap().median, 2.5);
         assert_eq!(Figure::of(&[], "ms"), None);
+    }
+
+    #[test]
+    fn speeds_are_compared_as_speeds() {
+        let (mut with, mut without, mut report) = (Pair::default(), Pair::default(), Report::default());
+        for (runtime, ms) in [(Runtime::Caisson, 40), (Runtime::Runc, 10)] {
+            with.push(runtime, Duration::from_millis(ms));
+            without.push(runtime, Duration::from_millis(8));
+        }
+        with.report_as(&mut report, "tcp", "MiB/s", |ms| 1000.0 / ms);
+        with.minus(&without).report(&mut report, "adds", "ratio");
+        let expected = [("tcp_caisson", 25.0), ("tcp_runc", 100.0), ("tcp_ratio", 0.25), ("adds_caisson_ms", 32.0)];
+        assert!(expected.iter().all(|(name, value)| report.median(name) == Some(*value)), "{report:?}");
+        assert_eq!(report.median("adds_ratio"), Some(16.0));
     }
 
     #[test]

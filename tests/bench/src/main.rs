@@ -5,7 +5,8 @@
 //!      │ ▲                                                 │ one line of JSON on standard output
 //!      │ └── report.json, report.svg, a table ◄────────────┤
 //!      ├────► another one ───────────────────► caisson-bench --inside crowd    crowd.rs
-//!      └────► another one ───────────────────► caisson-bench --inside storage  storage.rs
+//!      ├────► another one ───────────────────► caisson-bench --inside storage  storage.rs
+//!      └────► another one ───────────────────► caisson-bench --inside network  network.rs
 //! ```
 //!
 //! The exact nested host has one processor and a clock that counts instructions, and everything that is measured lies in
@@ -18,6 +19,7 @@ mod crowd;
 mod figures;
 mod measure;
 mod memory;
+mod network;
 mod picture;
 mod storage;
 mod work;
@@ -82,6 +84,8 @@ enum Part {
     Crowd,
     /// Files of a pod.
     Storage,
+    /// The network of a pod.
+    Network,
 }
 
 /// Marks the report among whatever else comes out of the nested host.
@@ -106,6 +110,7 @@ fn main() -> Result<()> {
             Part::Alone => measure::all(arguments.runs, arguments.only_runc)?,
             Part::Crowd => crowd::all(arguments.only_runc)?,
             Part::Storage => storage::all(arguments.files, arguments.only_runc)?,
+            Part::Network => network::all(arguments.runs, arguments.only_runc)?,
         };
         println!("{MARK}{}", serde_json::to_string(&report)?);
         return Ok(());
@@ -139,6 +144,9 @@ fn in_nested_host(arguments: &Arguments, part: Part) -> Result<Report> {
     let mut programs: Vec<PathBuf> = ["containerd", "ctr", "containerd-shim-runc-v2", "runc"].map(PathBuf::from).into();
     programs.push(own.clone());
     programs.push(bin_dir().join("caisson-e2e-probe"));
+    if part == Part::Network {
+        programs.extend(network::programs());
+    }
     let mut files = vec![oci_dir().join("busybox.tar")];
     if !arguments.only_runc {
         programs.extend(measure::PROGRAMS.map(|name| bin_dir().join(name)));

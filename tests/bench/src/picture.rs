@@ -41,6 +41,19 @@ pub fn draw(report: &Report) -> String {
         picture.heading(&format!("files on {title}: caisson / runc"));
         picture.bars(report, &ratios);
     }
+    let speeds: Vec<(&str, String)> =
+        crate::network::MOVES.iter().map(|(name, title, ..)| (*title, format!("{name}_ratio"))).collect();
+    let speeds: Vec<(&str, &str)> = speeds.iter().map(|(title, name)| (*title, &**name)).collect();
+    picture.heading("speed of a pod's network: caisson / runc");
+    picture.bars(report, &speeds);
+    for (title, name) in [
+        ("round trip of a byte over TCP, the middle one (ms)", "round_trip_p50"),
+        ("what a network adds to ctr run (ms)", "network_adds_to_start"),
+    ] {
+        let [caisson, runc] = ["caisson", "runc"].map(|runtime| format!("{name}_{runtime}_ms"));
+        picture.heading(title);
+        picture.bars(report, &[("caisson", &caisson), ("runc", &runc)]);
+    }
     picture.heading("where a cold start goes (ms)");
     let stages: Vec<(&str, &str)> = report
         .0

@@ -21,7 +21,20 @@ pub const PAYLOAD: &str = "/payload";
 /// Loaded in this order, before anything else: the bus and the channel to the outer process, then the root.
 const VIRTIO: &[&str] = &["virtio_pci", "virtio_console", "virtiofs"];
 /// What makes it a host for virtual machines and containers, beside the processor's KVM module.
-const HOST: &[&str] = &["overlay", "vhost_net", "vhost_vsock", "tun", "veth", "bridge", "loop", "fuse", "quota_v2"];
+const HOST: &[&str] = &[
+    "overlay",
+    "vhost_net",
+    "vhost_vsock",
+    "tun",
+    "veth",
+    "bridge",
+    "sch_ingress",
+    "cls_matchall",
+    "act_mirred",
+    "loop",
+    "fuse",
+    "quota_v2",
+];
 
 const S_IFDIR: u32 = 0o040000;
 const S_IFREG: u32 = 0o100000;

@@ -4,6 +4,7 @@
 //! for is the test's to judge.
 
 pub mod names;
+pub mod speed;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -12,6 +12,7 @@
 //! probe cases GROUP ARGUMENT...       system calls, each with what the kernel answered (see `cases`)
 //! probe storage DIRECTORY FILES MIB   the times of the storage benchmark
 //! probe net END ARGUMENT...           one end of a connection (see `net`)
+//! probe speed PORT                    the server of the network benchmark
 //! ```
 //!
 //! It is static (musl), so it runs on any image.
@@ -54,10 +55,12 @@ fn main() -> Result<()> {
         ["cases", ref words @ ..] => cases::run(words),
         ["storage", directory, files, mib] => storage::run(Path::new(directory), number(files)?, number(mib)?),
         ["net", ref words @ ..] => net::run(words),
+        ["speed", port] => caisson_e2e_probe::speed::serve(number(port)? as u16),
         ["as", uid, directory] => users::as_user(number(uid)? as u32, Path::new(directory)),
         _ => bail!(
             "usage: probe files DIRECTORY COUNT MIB | lines COUNT | as UID DIRECTORY | report [WORD...] | hook FILE NAME | \
-             cases GROUP ARGUMENT... | storage DIRECTORY FILES MIB | net END ARGUMENT..."
+             cases GROUP ARGUMENT... | storage DIRECTORY FILES MIB | net END ARGUMENT... | \
+             speed PORT"
         ),
     }
 }
