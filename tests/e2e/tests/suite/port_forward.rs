@@ -126,7 +126,7 @@ fn both_ways(host: &Host) {
         assert_eq!(Sha256::digest(got.expect("all comes back")), Sha256::digest(&sent), "{address}");
     }
     // A server that finishes first still hears its client.
-    let mut server = pod.exec_start("serve-7001", &["probe", "net", "serve", "7001", "100000"]);
+    let server = pod.exec_start("serve-7001", &["probe", "net", "serve", "7001", "100000"]);
     server.stdout.wait_for("a server at port 7001", STEP, |text| text.contains("listening\n").then_some(()));
     inside(netns.path(), || {
         let mut server = dial(V4, 7001).expect("somebody accepts");
