@@ -56,8 +56,8 @@ fn main() -> ExitCode {
 fn attack() -> ! {
     use std::{collections::HashSet, io::Write, ptr::null_mut};
     let mut got = fs::File::create("/tmp/got").expect("the container can write");
-    let users = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
-    let own = users("self");
+    let users = |who: &str| fs::read_link(format!("/proc/{who}/ns/user"));
+    let own = users("self").expect("a user namespace");
     let mut met = HashSet::from([std::process::id() as i32]);
     loop {
         let names = fs::read_dir("/proc").expect("a /proc").flatten().map(|entry| entry.file_name());
@@ -69,12 +69,23 @@ fn attack() -> ! {
             }
             let mut status = 0;
             // SAFETY: the kernel writes one integer.
-            unsafe { libc::waitpid(pid, &mut status, libc::__WALL) };
+            let waited = unsafe { libc::waitpid(pid, &mut status, libc::__WALL) };
+            if waited != pid || !libc::WIFSTOPPED(status) {
+                // It has ended before.
+                continue;
+            }
             let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let field = |name| text.lines().find_map(|line| line.strip_prefix(name)?.split_ascii_whitespace().next());
             if let (Some(user), Some(capabilities)) = (field("Uid:"), field("CapPrm:")) {
-                let capabilities = if users(&pid.to_string()) == own { capabilities } else { "elsewhere" };
-                writeln!(got, "{user} {capabilities}").expect("the container can write");
+                let met = match users(&pid.to_string()) {
+                    Ok(namespace) if namespace == own => Some(capabilities),
+                    // It was killed meanwhile.
+                    Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => None,
+                    _ => Some("elsewhere"),
+                };
+                if let Some(capabilities) = met {
+                    writeln!(got, "{user} {capabilities}").expect("the container can write");
+                }
             }
             request(libc::PTRACE_DETACH);
         }
