@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use caisson_e2e::{
     Host, Runtime, Setup,
     environment::{bin_dir, image_dir},
-    pod::Container,
     until,
     wait::STEP,
 };
@@ -69,12 +68,7 @@ pub fn all(runs: u32, only_runc: bool) -> Result<Report> {
 
 /// `ctr run --rm` of `echo`, from the program's start to its end.
 fn run_echo(host: &Host, name: &str) -> Result<Duration> {
-    echo(host, &host.container(name))
-}
-
-/// The same of a container that is made already.
-pub fn echo(host: &Host, container: &Container) -> Result<Duration> {
-    let name = &container.id;
+    let container = host.container(name);
     let mut command = container.command(&["echo", "hello"]);
     let begin = Instant::now();
     let output = command.output().context("run ctr")?;

@@ -21,6 +21,7 @@ use caisson_e2e::{
     Host, Runtime, Setup,
     host::Image,
     network::{self, Netns, PLUGINS},
+    pod::Container,
     process::Running,
     wait::long,
 };
@@ -207,31 +208,48 @@ impl Moved {
     }
 }
 
-/// `ctr run --rm` of `true` in the namespace that is ready, and in a new one without any interface.
+/// `ctr run --rm` of `echo` in the namespace that is ready, and in a new one without any interface.
 fn starts(report: &mut Report, host: &mut Host, netns: &Netns, runtimes: &[Runtime], runs: u32) -> Result<()> {
-    let mut times: [Pair; 2] = Default::default();
+    // Without and with a network.
+    let (mut starts, mut wholes): ([Pair; 2], [Pair; 2]) = Default::default();
     // The first round warms the page cache, as everywhere.
     for round in 0..=runs {
         progress("ctr run with a network", round, runs);
         for &runtime in runtimes {
             host.runtime = runtime;
-            for (networked, times) in [false, true].into_iter().zip(&mut times) {
-                let mut container = host.container(&format!("start-{}-{networked}-{round}", runtime as usize));
-                if networked {
-                    container = netns.flags().into_iter().fold(container, |container, flag| container.flag(flag));
-                }
-                let time = crate::measure::echo(host, &container)?;
+            for (index, flags) in [Vec::new(), netns.flags().to_vec()].into_iter().enumerate() {
+                let container = host.container(&format!("start-{}-{index}-{round}", runtime as usize));
+                let container = flags.into_iter().fold(container, |container, flag| container.flag(flag));
+                let [start, whole] = echo(host, &container)?;
                 if round > 0 {
-                    times.push(runtime, time);
+                    starts[index].push(runtime, start);
+                    wholes[index].push(runtime, whole);
                 }
             }
         }
     }
-    let [without, with] = &times;
-    without.report(report, "start_without_network", "ratio");
-    with.report(report, "start_with_network", "ratio");
-    with.minus(without).report(report, "network_adds_to_start", "ratio");
+    for ([without, with], what) in [(starts, "start"), (wholes, "ctr_run")] {
+        without.report(report, &format!("{what}_without_network"), "ratio");
+        with.report(report, &format!("{what}_with_network"), "ratio");
+        with.minus(&without).report_ms(report, &format!("network_adds_to_{what}"));
+    }
     Ok(())
+}
+
+/// From the start of `ctr run --rm` to the program's output, and to the end of `ctr`.
+fn echo(host: &Host, container: &Container) -> Result<[Duration; 2]> {
+    let mut command = container.command(&["echo", "hello"]);
+    let begin = Instant::now();
+    let mut running = Running::start(&mut command);
+    running.stdout.wait_for("the output", long(), |text| text.contains("hello\n").then_some(()));
+    let start = begin.elapsed();
+    let status = running.wait(long());
+    let whole = begin.elapsed();
+    ensure!(status.success(), "{}: {status}", container.id);
+    // What containerd still clears away must not fall into the next run's time.
+    host.expect_nothing_left();
+    std::thread::sleep(Duration::from_millis(200));
+    Ok([start, whole])
 }
 
 /// Bytes and packets so far, in the direction of a move, of the host's end of the pair of interfaces.

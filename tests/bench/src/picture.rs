@@ -48,7 +48,7 @@ pub fn draw(report: &Report) -> String {
     picture.bars(report, &speeds);
     for (title, name) in [
         ("round trip of a byte over TCP, the middle one (ms)", "round_trip_p50"),
-        ("what a network adds to ctr run (ms)", "network_adds_to_start"),
+        ("ctr run of echo on a ready network, to its output (ms)", "start_with_network"),
     ] {
         let [caisson, runc] = ["caisson", "runc"].map(|runtime| format!("{name}_{runtime}_ms"));
         picture.heading(title);
