@@ -174,6 +174,10 @@ pub fn serve(port: u16) -> Result<()> {
     let listener = TcpListener::bind(("0.0.0.0", port)).context("listen")?;
     let datagrams = UdpSocket::bind(("0.0.0.0", port)).context("bind")?;
     println!("listening");
+    serve_client(&listener, datagrams)
+}
+
+fn serve_client(listener: &TcpListener, datagrams: UdpSocket) -> Result<()> {
     let (stream, peer) = listener.accept().context("accept")?;
     let mut end = End::new(stream, datagrams)?;
     loop {
@@ -267,17 +271,17 @@ mod tests {
 
     #[test]
     fn every_task_moves_all_of_it() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        drop(listener);
-        let server = std::thread::spawn(move || serve(port));
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        let mut client = loop {
-            match Client::connect(address) {
-                Ok(client) => break client,
-                Err(_) => assert!(!server.is_finished()),
-            }
-        };
+        // The same port of both protocols: TCP's, if nobody has UDP's.
+        let (listener, datagrams) = (0..100)
+            .find_map(|_| {
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                let datagrams = UdpSocket::bind(listener.local_addr().unwrap()).ok()?;
+                Some((listener, datagrams))
+            })
+            .expect("a port that is free for both");
+        let address = listener.local_addr().unwrap();
+        let server = std::thread::spawn(move || serve_client(&listener, datagrams));
+        let mut client = Client::connect(address).unwrap();
         for task in [Task::StreamTo, Task::StreamFrom, Task::DatagramsTo, Task::DatagramsFrom, Task::Answers] {
             let mut calls = 0;
             client.run(task, 64, 100, || calls += 1).unwrap();
