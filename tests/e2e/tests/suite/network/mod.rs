@@ -3,6 +3,7 @@
 
 mod bridge;
 mod kinds;
+mod own;
 
 use caisson_e2e::{
     Finished, Pod, Setup,
