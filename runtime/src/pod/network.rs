@@ -169,7 +169,7 @@ impl Pod {
         self.agent_call("ConfigureNetwork", told).await.map(drop).map_err(|error| error.context("network"))
     }
 
-    /// Adds cards to the machine, tells the guest, and removes cards.
+    /// Removes cards from the machine, adds others, and tells the guest. All of it is done whatever fails; the error is the first one.
     async fn change_network(
         &self,
         machine: &Machine,
@@ -177,11 +177,10 @@ impl Pod {
         change: Change,
     ) -> Result<(), TaskError> {
         let Change { appeared, gone, mut message } = change;
-        // The interface is another with the same address: the guest could not tell the two cards apart.
-        let (replaced, gone): (Vec<_>, Vec<_>) =
-            gone.into_iter().partition(|mac| appeared.iter().any(|card| card.mac == *mac));
-        for mac in replaced {
-            self.detach_card(machine, follower, mac).await?;
+        let mut done = Ok(());
+        // First: one that comes may have the name or the address of one that has gone, and needs a slot.
+        for mac in gone {
+            done = done.and(self.detach_card(machine, follower, mac).await);
         }
         for card in appeared {
             let (name, mac) = (card.name.clone(), card.mac);
@@ -194,15 +193,13 @@ impl Pod {
                 }
             }
         }
-        self.set_sources(machine, follower, &message).await?;
+        done = done.and(self.set_sources(machine, follower, &message).await);
         for (mac, name) in &follower.missing {
-            leave_out(&mut message, name, *mac);
+            let renamed = message.interfaces.iter().find(|interface| interface.mac == *mac);
+            let name = renamed.map_or_else(|| name.clone(), |interface| interface.name.clone());
+            leave_out(&mut message, &name, *mac);
         }
-        self.tell(machine, &message).await?;
-        for mac in gone {
-            self.detach_card(machine, follower, mac).await?;
-        }
-        Ok(())
+        done.and(self.tell(machine, &message).await)
     }
 
     /// Gives the running machine a card.

@@ -182,7 +182,22 @@ async fn an_interface_that_comes_later_becomes_a_card_of_the_running_machine_and
     told_that(&bench, |message| !names(message).contains(&"late0")).await;
     has_cards(&bench, &[]).await;
     let unbound = format!("BindDevices [] [{FIRST}]");
-    assert_eq!(bench.guest.calls.lock().unwrap().last().unwrap(), &unbound, "when the guest does not use it any more");
+    let calls = bench.guest.calls.lock().unwrap();
+    assert_eq!(calls[calls.len() - 2..], [&unbound, "ConfigureNetwork"], "its name and its slot are free for others");
+}
+
+#[tokio::test]
+async fn an_interface_with_another_address_is_another_card_of_the_same_name() {
+    let bench = Bench::new().await;
+    bench.create(&bench.request("one", &["sleep"])).await.unwrap();
+    ip(&bench.network, "link add late0 address 02:00:00:00:00:08 type bridge");
+    has_cards(&bench, &[[2, 0, 0, 0, 0, 8]]).await;
+    ip(&bench.network, "link set late0 address 02:00:00:00:00:07");
+    told_that(&bench, |message| message.interfaces.iter().any(|one| one.name == "late0" && one.mac == LATE)).await;
+    has_cards(&bench, &[LATE]).await;
+    let calls = bench.guest.calls.lock().unwrap();
+    let at = |wanted: &str| calls.iter().rposition(|call| call == wanted).expect(wanted);
+    assert!(at(&format!("BindDevices [] [{FIRST}]")) < at("ConfigureNetwork"), "{calls:?}");
 }
 
 #[tokio::test]
