@@ -7,7 +7,7 @@
 //! ```text
 //!   stream, then call:   arrive ──► parked ──claim──► delivered
 //!                                     └── expire ──► dropped (the shim died before it could say what for)
-//!             or: refused, if too many are parked; the call is told
+//!             or: refused, if too many wait; the call that claims it gets the reason
 //!   call, then stream:   claim ───► awaited ─arrive─► delivered
 //!                                     └── abandon ──► forgotten (the call's limit passed)
 //! ```
@@ -346,7 +346,7 @@ mod tests {
             assert_eq!(book.arrive(port, 0), Arrival::Refused(0));
         }
         assert_eq!(book.claim(5001, || ()), Claim::Refused);
-        assert_eq!(book.claim(5001, || ()), Claim::Later, "it is told once");
+        assert_eq!(book.claim(5001, || ()), Claim::Later, "the reason is given once");
         assert_eq!(book.claim(5000, || ()), Claim::Later, "no more than so many are remembered");
     }
 

@@ -37,6 +37,10 @@ pub const VERSION: u8 = 1;
 pub const MAX_PACKET: usize = 64 * 1024;
 /// The most descriptors that one packet carries (Linux allows 253, SCM_MAX_FD in include/net/scm.h).
 pub const MAX_DESCRIPTORS: usize = 64;
+/// The most network devices that a machine has at once.
+pub const MAX_NETWORKS: u8 = 8;
+/// The greatest MTU of a network device: what a tap takes (ETH_MAX_MTU less an Ethernet header, drivers/net/tun.c).
+pub const MAX_MTU: u16 = 65_521;
 
 /// Index of one of the packet's descriptors, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -142,9 +146,9 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Shared directories. At most 4.
     pub shares: Vec<ShareConfig>,
-    /// Network devices. At most 8.
+    /// Network devices. At most [`MAX_NETWORKS`].
     pub networks: Vec<NetworkConfig>,
-    /// Empty slots for network devices that are attached later. With `networks` at most 8, and with all devices at most 17
+    /// Empty slots for network devices that are attached later. With `networks` at most [`MAX_NETWORKS`], and with all devices at most 17
     /// ([`crate::guest::MAX_SLOTS`]). Each costs the guest's kernel about 70 us at boot.
     pub empty_network_slots: u8,
 }
@@ -235,7 +239,7 @@ pub struct NetworkConfig {
     pub taps: Vec<DescriptorIndex>,
     /// The guest's address on it.
     pub mac: [u8; 6],
-    /// 68 to 65521. The guest cannot use a greater one.
+    /// 68 to [`MAX_MTU`]. The guest cannot use a greater one.
     pub mtu: u16,
     /// What the guest may send.
     pub send_limit: RateLimit,

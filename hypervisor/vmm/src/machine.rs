@@ -42,9 +42,6 @@ pub const MAX_DISKS: usize = 8;
 /// The most shares in a machine.
 pub const MAX_SHARES: usize = 4;
 
-/// The most network devices in a machine.
-pub const MAX_NETWORKS: usize = 8;
-
 /// A machine that cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {

@@ -1,7 +1,10 @@
 //! What a pod's network cards may send and receive: the operator's configuration, and the bandwidth annotations that Kubernetes'
 //! bandwidth plugin reads. Pure.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use caisson_protos::{
     agent::NetworkInterface,
@@ -57,12 +60,8 @@ impl Policy {
         let mut sources = AllowedSources::default();
         for address in interface.into_iter().flat_map(|interface| &interface.addresses) {
             let ip = address.ip.as_slice();
-            let ipv4 = <[u8; 4]>::try_from(ip).map(IpAddr::from);
-            match ipv4.or_else(|_| <[u8; 16]>::try_from(ip).map(IpAddr::from)) {
-                Ok(IpAddr::V4(ip)) => sources.ipv4.push(ip),
-                Ok(IpAddr::V6(ip)) => sources.ipv6.push(ip),
-                Err(_) => {}
-            }
+            sources.ipv4.extend(<[u8; 4]>::try_from(ip).map(Ipv4Addr::from));
+            sources.ipv6.extend(<[u8; 16]>::try_from(ip).map(Ipv6Addr::from));
         }
         Some(sources)
     }

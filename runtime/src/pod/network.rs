@@ -92,7 +92,7 @@ impl Pod {
     /// Tells the guest its network, once; from then on every change of it.
     ///
     /// # Errors
-    /// What the guest cannot have, or why it was not told.
+    /// What the guest cannot have, or why the message did not reach it.
     pub(super) async fn configure_network(self: &Arc<Self>, machine: &Arc<Machine>) -> Result<(), TaskError> {
         let Some(network) = &self.network else { return Ok(()) };
         let mut state = network.state.lock().await;
@@ -165,11 +165,11 @@ impl Pod {
     }
 
     async fn tell(&self, machine: &Machine, message: &ConfigureNetworkRequest) -> Result<(), TaskError> {
-        let told = machine.agent.configure_network(no_deadline(), message);
-        self.agent_call("ConfigureNetwork", told).await.map(drop).map_err(|error| error.context("network"))
+        let configured = machine.agent.configure_network(no_deadline(), message);
+        self.agent_call("ConfigureNetwork", configured).await.map(drop).map_err(|error| error.context("network"))
     }
 
-    /// Removes cards from the machine, adds others, and tells the guest. All of it is done whatever fails; the error is the first one.
+    /// Removes cards from the machine, adds others, and sends the guest the message. All of it is done whatever fails; the error is the first one.
     async fn change_network(
         &self,
         machine: &Machine,

@@ -11,6 +11,7 @@ use std::{
 use caisson_protos::{
     agent::NetworkInterface,
     guest::{GUEST_CID, HOST_SHARE_TAG, SHARE_TAG},
+    monitor::{MAX_MTU, MAX_NETWORKS},
 };
 use caisson_vmm_client::{
     CallError, Child, Console, Machine, Memory, Network, SpawnError, Vsock, control, packet,
@@ -158,8 +159,8 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     let given = pod.network.map(|namespace| join(namespace, paths, pod.spec, vcpus, policy.clone())).transpose()?;
     let (networks, given) = given.unzip();
     let networks: Vec<Network> = networks.unwrap_or_default();
-    let macs: Vec<_> = networks.iter().map(|network| network.mac).collect();
-    let empty_network_slots = SLOTS.saturating_sub(u8::try_from(networks.len()).unwrap_or(SLOTS)).min(EMPTY_SLOTS);
+    let occupied = u8::try_from(networks.len()).unwrap_or(MAX_NETWORKS);
+    let empty_network_slots = MAX_NETWORKS.saturating_sub(occupied).min(EMPTY_SLOTS);
     let cgroup = allotment.cgroup().open()?;
     let dialer = Dialer::new(paths.pod()).map_err(system("open the pod's directory"))?;
     let listener = dialer.listen().map_err(system(format!("bind {}", paths.vsock().display())))?;
@@ -191,7 +192,8 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
         networks,
         empty_network_slots,
     };
-    let slots: CardSlots = macs.into_iter().zip(machine.network_slots()).collect();
+    let macs = machine.networks.iter().map(|network| network.mac);
+    let slots: CardSlots = macs.zip(machine.network_slots()).collect();
     control::configure_and_start(&control, machine)?;
 
     let root = share.open_view()?;
@@ -219,8 +221,6 @@ pub fn launch(config: &Config, paths: &PodPaths, pod: Pod<'_>, log: BorrowedFd<'
     Ok(Launch { machine, share, allotment, has_host_share, network, task })
 }
 
-/// Most network cards of a machine (protos/src/monitor.rs).
-const SLOTS: u8 = 8;
 /// How many may come to a machine that runs, unless it has many already. Each costs the guest's kernel a little at boot.
 const EMPTY_SLOTS: u8 = 4;
 
@@ -228,7 +228,7 @@ const EMPTY_SLOTS: u8 = 4;
 fn settings(vcpus: u8) -> Settings {
     /// What the other parts of a machine leave of the descriptors that fit into one message (ibidem), which all of the machine's come with.
     const DESCRIPTORS: u16 = 52;
-    Settings { queues: vcpus.into(), cards: SLOTS.into(), descriptors: DESCRIPTORS }
+    Settings { queues: vcpus.into(), cards: MAX_NETWORKS.into(), descriptors: DESCRIPTORS }
 }
 
 /// Joins the interfaces of a network namespace that others have made.
@@ -260,11 +260,10 @@ fn new_network(vcpus: u8, policy: Policy) -> Result<Joined, LaunchError> {
 
 /// The machine's part of a card; `interface` is the guest's, with its addresses.
 pub fn device(card: Card, policy: &Policy, interface: Option<&NetworkInterface>) -> Network {
-    /// The device's greatest: the interface's own may grow later.
-    const MAX_MTU: u16 = 65521;
     Network {
         taps: card.queues,
         mac: card.mac,
+        // The interface's own may grow later.
         mtu: MAX_MTU,
         send_limit: policy.send,
         receive_limit: policy.receive,

@@ -3,10 +3,10 @@
 
 use std::{collections::BTreeSet, io};
 
-use caisson_protos::monitor::{DiskConfig, MachineConfig, NetworkConfig};
+use caisson_protos::monitor::{DiskConfig, MAX_NETWORKS, MachineConfig, NetworkConfig};
 use slog::Logger;
 
-use super::{MAX_DISKS, MAX_NETWORKS, MAX_SHARES, MachineError};
+use super::{MAX_DISKS, MAX_SHARES, MachineError};
 use crate::{
     descriptors::{Access, Descriptors},
     layout::VIRTIO_IRQS,
@@ -37,9 +37,9 @@ pub fn build(
 ) -> Result<Vec<Box<dyn VirtioDevice>>, MachineError> {
     check_count("disks", config.disks.len(), MAX_DISKS)?;
     check_count("shares", config.shares.len(), MAX_SHARES)?;
-    check_count("networks", config.networks.len(), MAX_NETWORKS)?;
+    check_count("networks", config.networks.len(), MAX_NETWORKS.into())?;
     let network_slots = config.networks.len() + usize::from(config.empty_network_slots);
-    check_count("network slots", network_slots, MAX_NETWORKS)?;
+    check_count("network slots", network_slots, MAX_NETWORKS.into())?;
     check_unique("disks", config.disks.iter().map(|disk| &disk.serial))?;
     check_unique("shares", config.shares.iter().map(|share| &share.tag))?;
 

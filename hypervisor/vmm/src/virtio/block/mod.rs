@@ -46,7 +46,7 @@ const REQUESTS: usize = 0;
 const SEG_MAX: u32 = 126;
 /// What is taken from the queue before others on the device thread have their turn.
 const TURN: Turn = Turn { chains: 32, bytes: 1 << 20 };
-/// Block sizes that are told to the guest, bytes.
+/// Block sizes that are reported to the guest, bytes.
 const BLOCK_SIZES: RangeInclusive<u32> = SECTOR as u32..=4096;
 /// No further request is taken while so many bytes are with the disk's thread.
 pub const MAX_AHEAD: usize = 1 << 20;
@@ -100,7 +100,7 @@ impl Block {
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        // With a size of its own that is not told, the guest would look for the partition table in the wrong place.
+        // With a size of its own that is not reported, the guest would look for the partition table in the wrong place.
         let block_size = Some(backing.block_size()).filter(|size| size.is_power_of_two() && BLOCK_SIZES.contains(size));
         let block_size = block_size.unwrap_or(*BLOCK_SIZES.start());
         let state =

@@ -258,14 +258,14 @@ impl Backing for Fake {
 
 #[test]
 fn a_driver_learns_the_block_size_if_it_is_not_a_sector() {
-    for (own, told) in [(512, None), (4096, Some(4096)), (8192, None), (0, None), (1536, None)] {
+    for (own, reported) in [(512, None), (4096, Some(4096)), (8192, None), (0, None), (1536, None)] {
         let (mut fake, _control) = Fake::new();
         fake.block_size = own;
         let block = Block::new(fake, FAKE_SIZE, "", false, no_log()).unwrap();
         let mut config = [0; 4];
         block.read_config(20, &mut config);
         let has = block.features() & 1 << VIRTIO_BLK_F_BLK_SIZE != 0;
-        assert_eq!(has.then(|| u32::from_le_bytes(config)), told, "{own}");
+        assert_eq!(has.then(|| u32::from_le_bytes(config)), reported, "{own}");
         assert_eq!(block.state().sectors, FAKE_SIZE / SECTOR, "the size is in sectors in any case");
     }
 }

@@ -24,7 +24,7 @@ mod transmit;
 
 use std::{io, time::Instant};
 
-use caisson_protos::monitor::{AllowedSources, NetworkStats, RateLimit};
+use caisson_protos::monitor::{AllowedSources, MAX_MTU, NetworkStats, RateLimit};
 use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
 use slog::Logger;
@@ -40,7 +40,7 @@ use super::{Context, DeviceError, Poll, PollToken, VirtioDevice, rate::RateLimit
 /// The most queue pairs: as many as a machine has vCPUs.
 pub const MAX_PAIRS: usize = 32;
 /// The least and the greatest MTU: what IPv4 needs, and what a tap takes.
-pub const MTU: std::ops::RangeInclusive<u16> = 68..=65_521;
+pub const MTU: std::ops::RangeInclusive<u16> = 68..=MAX_MTU;
 
 /// Chains in a receive or transmit queue.
 const QUEUE_SIZE: u16 = 256;
